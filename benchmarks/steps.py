@@ -2,14 +2,19 @@
 
     python -m benchmarks.steps [--dtype DTYPE] [--quantization FORMAT] [--threads N] [--output FILE]
 
-One engine with random weights in the shape of one of 0.5B parameters decodes; between two runs the
-replay is switched off or on. Figures are the time of the model runner's steps: with one thread its
-CPU time. The tokens of both must be the same.
+One engine with random weights in the shape of one of 0.5B parameters decodes in three ways, which
+take turns: kernels launched one by one, the layers replayed, whole steps replayed, from the ids to
+the chosen tokens. For each there is the time of the model runner's steps (with one thread its CPU
+time), and the host time of a step: CPU time of the engine's thread outside of kernels, from one
+step to the next, outputs and scheduler included. The weights must be much larger than the caches:
+Python that runs between two steps is slower than in a loop of its own. The tokens of all ways must
+be the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -21,7 +26,7 @@ from benchmarks.harness import Report, in_turn, quickest
 from benchmarks.peers.checkpoints import Shape, build
 
 SHAPE = Shape(896, 24, 14, 2, 4864)
-SIDES = ("launched", "replayed")
+SIDES = ("launched", "layers", "whole")
 PROMPT_TOKENS, TOKENS, FIRST_STEPS = 16, 24, 5
 
 
@@ -29,10 +34,16 @@ class Subject:
     """The engine, which is this process, and the times of its steps."""
 
     def __init__(self, model: Path, options: argparse.Namespace) -> None:
-        from sensorium import LLM, SamplingParams
-        from sensorium.kernels.cpu import graph
+        from sensorium.kernels.cpu import threads
 
-        self._graph, self._most_rows = graph, graph.MOST_ROWS
+        threads.prepare()
+        from sensorium import LLM, SamplingParams
+        from sensorium.kernels.cpu.graph import StepGraphs
+        from sensorium.models.parts.decoder import Decoder
+
+        self._graphs, self._decoder = StepGraphs, Decoder
+        self._usual = StepGraphs.takes, Decoder.decode
+        self._host = HostTimes()
         self._llm = LLM(
             str(model),
             dtype=options.dtype,
@@ -43,17 +54,77 @@ class Subject:
         )
         self._params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
         self._steps = timed_steps(options.threads)
+        self._host.begin_at_steps()
 
-    def measure(self, side: str, rows: int) -> tuple[list[float], list[tuple[int, ...]]]:
-        """Return the seconds of decode steps, and the tokens."""
-        self._graph.MOST_ROWS = self._most_rows if side == "replayed" else 0
+    def measure(self, side: str, rows: int) -> tuple[list[float], list[float], list[Any]]:
+        """Return the seconds of decode steps, their host seconds, and the tokens."""
+        takes, decode = self._usual
+        self._graphs.takes = _no if side == "launched" else takes  # type: ignore[method-assign]
+        self._decoder.decode = decode if side == "whole" else _no  # type: ignore[method-assign]
         prompts = [
             {"prompt_token_ids": [100 + i + 17 * row for i in range(PROMPT_TOKENS)]}
             for row in range(rows)
         ]
         self._steps.clear()
+        self._host.clear()
         outputs = self._llm.generate(prompts, self._params, use_tqdm=False)  # type: ignore[arg-type]
-        return self._steps[FIRST_STEPS:], [tuple(out.outputs[0].token_ids) for out in outputs]
+        tokens = [tuple(out.outputs[0].token_ids) for out in outputs]
+        return self._steps[FIRST_STEPS:], self._host.seconds[FIRST_STEPS:], tokens
+
+
+def _no(*args: object) -> None:
+    """Neither capture a step nor decode it at once."""
+
+
+class HostTimes:
+    """CPU seconds of this thread in each step but those in kernels, from one step to the next.
+
+    Made before any kernel is loaded.
+    """
+
+    def __init__(self) -> None:
+        from sensorium.kernels.cpu.launch import Launcher
+
+        self.seconds: list[float] = []
+        self._in_kernels = 0.0
+        self._before: float | None = None
+        usual = Launcher.__init__
+
+        def init(launcher: Any, address: int, region: int | None) -> None:
+            usual(launcher, address, region)
+            for name in ("_serial", "_region", "_released"):
+                call = getattr(launcher, name)
+                setattr(launcher, name, None if call is None else self._counted(call))
+
+        Launcher.__init__ = init  # type: ignore[method-assign]
+
+    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> None:
+            began = time.thread_time()
+            call(*args)
+            self._in_kernels += time.thread_time() - began
+
+        return run
+
+    def begin_at_steps(self) -> None:
+        """Take the beginning of the model runner's steps for that of a step."""
+        from sensorium.runtime.runner import ModelRunner
+
+        execute = ModelRunner.execute
+
+        def run(runner: Any, plan: Any) -> Any:
+            now = time.thread_time() - self._in_kernels
+            if self._before is not None:
+                self.seconds.append(now - self._before)
+            self._before = now
+            return execute(runner, plan)
+
+        ModelRunner.execute = run  # type: ignore[method-assign]
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.seconds.clear()
+        self._before = None
 
 
 def timed_steps(threads: int) -> list[float]:
@@ -82,14 +153,19 @@ def _timed(execute: Callable[..., Any], clock: Callable[[], float], steps: list[
 def compare(subject: Subject, rows: int, rounds: int) -> dict[str, Any]:
     """Measure both sides in turn for steps of so many rows."""
     times: dict[str, list[float]] = defaultdict(list)
+    host: dict[str, list[float]] = defaultdict(list)
     tokens = set()
     for number in range(rounds):
         for side in in_turn(SIDES, number):
-            seconds, found = subject.measure(side, rows)
+            seconds, outside, chosen = subject.measure(side, rows)
             times[side] += seconds
-            tokens.add(tuple(found))
-    found: dict[str, dict[str, float]] = {side: quickest(times[side]) for side in SIDES}
-    saved = found["launched"]["lower_quartile_ms"] - found["replayed"]["lower_quartile_ms"]
+            host[side] += outside
+            tokens.add(tuple(chosen))
+    found: dict[str, dict[str, float]] = {
+        side: quickest(times[side]) | {"host_ms": statistics.median(host[side]) * 1e3}
+        for side in SIDES
+    }
+    saved = found["launched"]["lower_quartile_ms"] - found["whole"]["lower_quartile_ms"]
     return {"rows": rows, **found, "saved_ms": saved, "same_tokens": len(tokens) == 1}
 
 
@@ -118,7 +194,9 @@ def main() -> None:
             found.append(compare(subject, rows, options.rounds))
             report.write(steps=found)
             sides = ", ".join(
-                f"{side} {found[-1][side]['lower_quartile_ms']:.2f} ms" for side in SIDES
+                f"{side} {found[-1][side]['lower_quartile_ms']:.2f} ms "
+                f"(host {found[-1][side]['host_ms']:.2f})"
+                for side in SIDES
             )
             same = "same tokens" if found[-1]["same_tokens"] else "OTHER TOKENS"
             print(f"{rows} rows: {sides}, saved {found[-1]['saved_ms']:.2f} ms, {same}", flush=True)

@@ -31,8 +31,10 @@ from sensorium.kernels.cpu.attention.quantized import causal as quantized
 from sensorium.kernels.cpu.attention.quantized.codes import MOST_HEAD_DIM
 from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
 from sensorium.kernels.cpu.attention.tiles import varlen as varlen_tiles
+from sensorium.kernels.cpu.decoding import advance as moving
 from sensorium.kernels.cpu.decoding import choice, lookup
-from sensorium.kernels.cpu.decoding.advance import advance as advance
+from sensorium.kernels.cpu.decoding import advance as moving
+from sensorium.kernels.cpu.decoding import choice, lookup
 from sensorium.kernels.cpu.graph import between_launches as between_launches
 from sensorium.kernels.cpu.linear import int8, integers, levels, onednn, table
 from sensorium.kernels.cpu.linear.grouped.int4 import Int4Weight
@@ -327,6 +329,15 @@ def whole_steps(
     return graph.StepGraphs(run) if _replays(device) and dtype in CPU_DTYPES else None
 
 
+def advance(batch: AttentionBatch) -> bool:
+    """Make the batch of a decode step that has run that of the next one, a token later each.
+
+    Returns False, with nothing changed, where it has to be made from the start. The caller writes
+    the rotary factors and new blocks into its tensors, which stay where they are.
+    """
+    return moving.advance(batch)
+
+
 def _replays(device: torch.device) -> bool:
     return device.type == "cpu" and levels.is_x86()
 
@@ -482,4 +493,5 @@ def warm_up(
                 varlen_tiles.trusted_unit()
             if levels.is_x86():
                 graph.replay_kernel()
+                moving.advance_kernel()
     return time.perf_counter() - start

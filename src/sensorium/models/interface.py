@@ -52,7 +52,7 @@ class TextShape:
 
 
 class Decoded(NamedTuple):
-    """What a model makes of a step of T generated tokens."""
+    """Results of a step of T generated tokens."""
 
     hidden: torch.Tensor
     """(T, H)"""

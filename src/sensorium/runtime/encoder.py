@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from sensorium.core.plan import EncodeJob, EncodeReport
+from sensorium.core.plan import NOTHING_ENCODED, EncodeJob, EncodeReport
 from sensorium.errors import EngineDeadError
 from sensorium.models.interface import Model
 from sensorium.multimodal.items import Features
@@ -124,6 +124,8 @@ class EncoderCache:
 
     def pop_report(self) -> EncodeReport:
         """Return the cost of encoding since the last call."""
+        if not (self._num_items or self._num_failed or self._timer.is_late):
+            return NOTHING_ENCODED
         report = EncodeReport(
             self._num_items,
             self._timer.pop_seconds(),

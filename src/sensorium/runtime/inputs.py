@@ -25,6 +25,7 @@ class StepInputs:
         sampled_rows: Rows whose logits are sampled: of each of ``sampled_slots`` one, and one for
             each of its tried tokens, which are in ``draft_ids``.
         pooled_rows: Rows that become embeddings; ``pooled_slots`` are their slots.
+        is_plain: All of ``sampled_slots`` are sampled plainly, as was found before.
     """
 
     ids: torch.Tensor
@@ -35,6 +36,7 @@ class StepInputs:
     draft_ids: list[tuple[int, ...]]
     pooled_rows: list[int]
     pooled_slots: list[Slot]
+    is_plain: bool = False
 
 
 def build(

@@ -198,17 +198,21 @@ class ModelRunner:
             found = self.model.decode(inputs.ids, inputs.batch)
         if found is None:
             return False
-        slots, chosen = inputs.sampled_slots, found.tokens.tolist()
-        doubtful = any(token < 0 for token in chosen)
-        flaws = flaws_of_logits(found.logits, found.hidden) if doubtful else [None] * len(slots)
-        likely = [token if token >= 0 else -1 - token for token in chosen]
-        plain = all(map(sampler.is_plain, slots))
-        samples, failed = self._sample_each(
-            found.logits, likely if plain else None, flaws, list(range(len(slots))), slots
-        )
-        for seq_id, sample in samples.items():
-            result.samples[seq_id] = (sample,)
-        result.failed.update(failed)
+        slots, likely = inputs.sampled_slots, found.tokens.tolist()
+        inputs.is_plain = inputs.is_plain or all(map(sampler.is_plain, slots))
+        if inputs.is_plain and min(likely) >= 0:
+            for slot, token in zip(slots, likely, strict=True):
+                slot.append(token)
+                result.samples[slot.seq_id] = (TokenSample(token),)
+        else:
+            flaws = flaws_of_logits(found.logits, found.hidden)
+            tokens = [token if token >= 0 else -1 - token for token in likely]
+            rows = list(range(len(slots)))
+            samples, failed = self._sample_each(
+                found.logits, tokens if inputs.is_plain else None, flaws, rows, slots
+            )
+            result.samples |= {seq_id: (sample,) for seq_id, sample in samples.items()}
+            result.failed.update(failed)
         self._inputs.decoded(pairs)
         return True
 

@@ -2,11 +2,11 @@
 
 Most steps of a server, and nearly all of a single conversation, compute one token of the same
 sequences as the step before. While a step runs, its weights push all else out of the caches; so
-whatever Python, torch and numpy do between two steps runs on cold code and costs many times what it
-costs in a loop of its own: building a step's tensors anew took most of a millisecond. From one such
-step to the next little differs, and the tensors may stay where they are: ids, lengths, rotary
-factors, which are computed for some steps ahead, and rarely a new block. A captured step then needs
-no new arguments either. Any other step is built as usual.
+whatever Python, torch and numpy do between two steps runs on cold code, and costs many times what
+it costs in a loop of its own (``benchmarks.steps`` measures it). From one such step to the next
+little differs, and the tensors may stay where they are: ids, lengths, rotary factors, which are
+computed for some steps ahead, and rarely a new block. A captured step then needs no new arguments
+either. Any other step is built as usual.
 """
 
 from __future__ import annotations

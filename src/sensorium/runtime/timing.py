@@ -19,18 +19,15 @@ class DeviceTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.is_late = device.type == "cuda"
+        """Seconds may be known only some time after their work was enqueued."""
         self._seconds = 0.0
         self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-
-    @property
-    def is_late(self) -> bool:
-        """Return whether seconds may be known only some time after their work was enqueued."""
-        return self._device.type == "cuda"
 
     @contextmanager
     def measured(self) -> Iterator[None]:
         """Measure the work that is done, or enqueued on the device, within the block."""
-        if self._device.type == "cuda":
+        if self.is_late:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record(torch.cuda.current_stream(self._device))
             yield

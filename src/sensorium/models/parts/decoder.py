@@ -121,9 +121,11 @@ class Decoder:
             self._divide(self._division)
         replays = options.replay
         self._steps = ops.step_runner(self._run, options.device) if replays else self._run
-        self._whole: ops.WholeSteps[Decoded] | None = None
-        if replays and self.has_head:
-            self._whole = ops.whole_steps(self._run_whole, options.device, options.dtype)
+        self.whole_steps: ops.WholeSteps[Decoded] | None = None
+        """Replays steps of generated tokens, from ids to the next tokens; None where that is not
+        done."""
+        if replays and self.has_head and self._division is None:
+            self.whole_steps = ops.whole_steps(self._run_whole, options.device, options.dtype)
 
     def _divide(self, division: Division) -> None:
         """Let all layers work together with those of the other ranks."""
@@ -193,10 +195,10 @@ class Decoder:
 
     def decode(self, ids: torch.Tensor, batch: AttentionBatch) -> Decoded | None:
         """See ``Model``: embedding, layers, head and the choice of the tokens in one launch."""
-        if self._whole is None or not self._whole.takes(ids.shape[0]):
+        if self.whole_steps is None or not self.whole_steps.takes(ids.shape[0]):
             return None
         first = ids if self.embedding.is_replayable else self.embedding(ids)
-        return self._whole(first, batch)
+        return self.whole_steps(first, batch)
 
     def _run_whole(self, first: torch.Tensor, batch: AttentionBatch) -> Decoded:
         """Run a step from its ids (T,), or from their embeddings (T, H)."""

@@ -1,1 +1,1 @@
-"""What surrounds the layers of a decode step: look-up, choice of the next token, the next step."""
+"""Surroundings of the layers in a decode step: look-up, choice of tokens, the step after it."""

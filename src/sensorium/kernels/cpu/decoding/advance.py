@@ -40,7 +40,8 @@ def build_advance() -> Callable[[Any], None]:
 
 
 @functools.cache
-def _kernel() -> Launcher:
+def advance_kernel() -> Launcher:
+    """Return the kernel that moves a table of pieces on, compiled or loaded at first use."""
     return compile_kernel(build_advance(), "any")
 
 
@@ -60,7 +61,7 @@ def advance(batch: AttentionBatch) -> bool:
             return False
     lengths, count = batch.kv_len.data_ptr(), len(batch.kv_lens)
     for plan in plans:
-        _kernel().serial(pack(1, plan.pieces.data_ptr(), plan.num_pieces, lengths, count))
+        advance_kernel().serial(pack(1, plan.pieces.data_ptr(), plan.num_pieces, lengths, count))
         count = 0
     batch.max_kv_len += 1
     batch.kv_lens[:] = [length + 1 for length in batch.kv_lens]
