@@ -13,7 +13,7 @@ from sensorium import RequestOutput, SamplingParams
 from sensorium.kernels import ops
 from sensorium.kernels.cpu.linear import floats
 from sensorium.models.parts.decoder import DecoderModel
-from sensorium.runtime import inputs, steady
+from sensorium.runtime import inputs
 from tests import checkpoints
 from tests.parts import Parts, build_patient
 
@@ -43,7 +43,7 @@ class Moves:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_built = self.num_moved = 0
         self._build, self._advance = inputs.build, ops.advance
-        monkeypatch.setattr(steady, "build", self.build)
+        monkeypatch.setattr(inputs, "build", self.build)
         monkeypatch.setattr(ops, "advance", self.advance)
 
     def build(self, *args: Any) -> Any:

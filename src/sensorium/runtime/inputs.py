@@ -1,4 +1,13 @@
-"""Builds the tensors of one forward pass from the spans of a plan."""
+"""Builds the tensors of one forward pass from the spans of a plan, or moves those before on.
+
+Most steps of a server, and nearly all of a single conversation, compute one token of the same
+sequences as the step before. While a step runs, its weights push all else out of the caches; so
+whatever Python, torch and numpy do between two steps runs on cold code, and costs many times what
+it costs in a loop of its own (``benchmarks.steps`` measures it). From one such step to the next
+little differs, and the tensors may stay where they are: ids, lengths, rotary factors, which are
+computed for some steps ahead, and rarely a new block. A captured step then needs no new arguments
+either. Any other step is built as usual.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +18,17 @@ import numpy as np
 import torch
 
 from sensorium.core.plan import Span
+from sensorium.kernels import ops
 from sensorium.kernels.batch import AttentionBatch, LayerCache
 from sensorium.models.interface import Model
 from sensorium.runtime.slots import Slot
+
+AHEAD = 64
+"""Steps for which rotary factors are computed at once, and for whose blocks there is room."""
+MOST_ROWS = 64
+"""Most sequences of such steps; with more, what is saved is little beside the work."""
+
+Pairs = Sequence[tuple[Span, Slot]]
 
 
 @dataclass(slots=True)
@@ -110,3 +127,120 @@ def _num_decodes(pairs: Sequence[tuple[Span, Slot]], device: torch.device) -> in
     if device.type == "cpu" and any(span.draft_ids for span, _ in pairs):
         return 0
     return sum(span.num_tokens == 1 for span, _ in pairs)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """The inputs of the latest step, and what it takes to move them on.
+
+    ids (T,), table (T, B) and factors (2, T, R/2) are the memory of the tensors in ``inputs``.
+    """
+
+    inputs: StepInputs
+    slots: list[Slot]
+    starts: list[int]
+    ids: np.ndarray
+    table: np.ndarray
+    factors: np.ndarray
+    ahead: np.ndarray
+    """(AHEAD, 2, T, R/2): the factors of the step after ``place`` steps."""
+    place: int
+    num_threads: int
+
+
+class SteadyInputs:
+    """The inputs of steps, built or moved on. What it returns is valid until the next step."""
+
+    def __init__(self, model: Model, caches: list[LayerCache], invariant: bool) -> None:
+        self._model, self._caches, self._invariant = model, caches, invariant
+        self._kept: _Kept | None = None
+        self._latest: tuple[list[Slot], list[int]] | None = None
+
+    def clear(self) -> None:
+        """Keep nothing of the step before."""
+        self._kept = self._latest = None
+
+    def of(self, pairs: Pairs) -> StepInputs:
+        """Return the inputs of any step."""
+        kept = self._kept
+        if kept is not None and self._advance(kept, pairs):
+            return kept.inputs
+        latest = self._latest if kept is None else (kept.slots, kept.starts)
+        self._kept = self._latest = None
+        if latest is not None and _follows(*latest, pairs):
+            self._kept = self._keep(pairs)
+            return self._kept.inputs
+        return build(pairs, self._model, self._caches, self._invariant)
+
+    def decoded(self, pairs: Pairs) -> None:
+        """Note that the step was one of generated tokens, which the next one may follow.
+
+        Only the second step of the same sequences is kept: they may be others in every step.
+        """
+        if self._kept is None and len(pairs) <= MOST_ROWS:
+            self._latest = [slot for _, slot in pairs], [span.start for span, _ in pairs]
+
+    def _advance(self, kept: _Kept, pairs: Pairs) -> bool:
+        """Move the kept inputs on to this step; return False if it is another kind of step."""
+        if (
+            kept.place + 1 == AHEAD
+            or kept.num_threads != torch.get_num_threads()
+            or not _follows(kept.slots, kept.starts, pairs)
+            or any(slot.num_blocks > kept.table.shape[1] for slot in kept.slots)
+            or not ops.advance(kept.inputs.batch)
+        ):
+            return False
+        kept.place += 1
+        kept.factors[...] = kept.ahead[kept.place]
+        for row, (span, slot) in enumerate(pairs):
+            kept.starts[row] = span.start
+            kept.ids[row] = slot.token_ids[span.start]
+            if span.new_block_ids:
+                kept.table[row, : slot.num_blocks] = slot.block_ids[: slot.num_blocks]
+        return True
+
+    def _keep(self, pairs: Pairs) -> _Kept:
+        """Build the inputs with memory for the next steps."""
+        inputs = build(pairs, self._model, self._caches, self._invariant)
+        batch, slots = inputs.batch, [slot for _, slot in pairs]
+        factors = self._factors(pairs)
+        current = factors[0].copy()
+        batch.cos, batch.sin = torch.from_numpy(current[0]), torch.from_numpy(current[1])
+        block_size = self._caches[0].block_size if self._caches else AHEAD
+        table = np.zeros(
+            (len(pairs), batch.block_table.shape[1] + 1 + AHEAD // block_size), np.int32
+        )
+        table[:, : batch.block_table.shape[1]] = batch.block_table.numpy()
+        batch.block_table = torch.from_numpy(table)
+        starts = [span.start for span, _ in pairs]
+        threads = torch.get_num_threads()
+        return _Kept(inputs, slots, starts, inputs.ids.numpy(), table, current, factors, 0, threads)
+
+    def _factors(self, pairs: Pairs) -> np.ndarray:
+        """Return cos and sin (AHEAD, 2, T, R/2) of the sequences' next positions."""
+        total = AHEAD * len(pairs)
+        several_axes = any(slot.positions is not None for _, slot in pairs)
+        positions = np.empty((3, total) if several_axes else (total,), np.int64)
+        for row, (span, slot) in enumerate(pairs):
+            own = positions[..., row * AHEAD : (row + 1) * AHEAD]
+            slot.rotary_positions(span.start, AHEAD, own)
+        lengths = [(slot.rope_length, AHEAD) for _, slot in pairs]
+        grown = any(slot.rope_length for _, slot in pairs)
+        both = self._model.rotary(torch.from_numpy(positions), lengths if grown else ())
+        stacked = torch.stack(both).view(2, len(pairs), AHEAD, -1)
+        return stacked.permute(2, 0, 1, 3).contiguous().numpy()
+
+
+def _follows(slots: list[Slot], starts: list[int], pairs: Pairs) -> bool:
+    """Return whether the step has the next token of each of these sequences, in their order."""
+    if len(pairs) != len(slots):
+        return False
+    for (span, slot), known, start in zip(pairs, slots, starts, strict=True):
+        if slot is not known or span.start != start + 1 or not is_decode(span, slot):
+            return False
+    return True
+
+
+def is_decode(span: Span, slot: Slot) -> bool:
+    """Return whether a span is the latest generated token of a sequence alone."""
+    return span.num_tokens == 1 and span.samples and span.start >= slot.num_prompt

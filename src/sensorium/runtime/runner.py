@@ -24,10 +24,9 @@ from sensorium.models.interface import Model
 from sensorium.runtime import pooler, sampler
 from sensorium.runtime.adapters import NO_LANE, AdapterSet
 from sensorium.runtime.encoder import EncoderCache, FeatureStore
-from sensorium.runtime.inputs import StepInputs
+from sensorium.runtime.inputs import SteadyInputs, StepInputs, is_decode
 from sensorium.runtime.slots import Slot, SlotTable, single_tokens_first
 from sensorium.runtime.soundness import finite_parts, flaws_of_logits
-from sensorium.runtime.steady import SteadyInputs, is_decode
 
 logger = logging.getLogger(__name__)
 
