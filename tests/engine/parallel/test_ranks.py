@@ -69,15 +69,18 @@ def test_a_process_that_ends_takes_the_engine_along(folder: Path) -> None:
     assert not group.processes
 
 
-async def test_requests_of_a_server_end_with_a_rank(folder: Path) -> None:
-    """The supervisor replaces an engine that has ended."""
+async def test_requests_of_a_server_end_with_a_rank(folder: Path, tmp_path: Path) -> None:
+    """The supervisor replaces an engine that has ended. Before that, it takes adapters."""
     process = EngineProcess().start()
-    client = EngineClient(
-        engine_config(model=str(folder), tensor_parallel_size=2, **OPTIONS), process
-    )
+    options = {**OPTIONS, "tensor_parallel_size": 2, "enable_lora": True}
+    client = EngineClient(engine_config(model=str(folder), **options), process)
     output_queue: OutputQueue = asyncio.Queue()
     try:
         await asyncio.wait_for(client.start(), 120)
+        assert (await client.stats()).num_ranks == 2
+        adapter = make_adapter(tmp_path / "a", folder)
+        assert (await client.load_adapter("a", str(adapter), "")).adapters[0].name == "a"
+        assert not (await client.unload_adapter("a")).adapters
         children = psutil.Process().children(recursive=True)
         (rank,) = (child for child in children if worker.__name__ in child.cmdline())
         rank.suspend()  # the first step waits for it
