@@ -125,6 +125,15 @@ def remove(path: str) -> None:
     Path(path).unlink(missing_ok=True)
 
 
+def place_below(folder: Path) -> None:
+    """Let the folders that this process makes from now on lie in another one.
+
+    For a process that may be killed at any time, and has a folder that goes with it.
+    """
+    global MEMORY_FOLDER
+    MEMORY_FOLDER = folder
+
+
 class SharedArraysFolder:
     """Create a folder for shared arrays. Thread-safe.
 

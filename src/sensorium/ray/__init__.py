@@ -4,21 +4,29 @@ Needs the extra: ``pip install "sensorium[ray]"``. Nothing here is imported with
 
 - ``build_app``: the application of a Serve configuration file,
   ``import_path: sensorium.ray:build_app``.
+- ``build_processor``: a model as a step of a pipeline of Ray Data.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["build_app"]
+if TYPE_CHECKING:
+    from sensorium.ray.data.processor import Processor, build_processor
+    from sensorium.ray.serving.app import build_app
 
-_PLACES = {"build_app": "sensorium.ray.serving.app"}
+__all__ = ["Processor", "build_app", "build_processor"]
+
+_PLACES = {
+    "build_app": "sensorium.ray.serving.app",
+    "Processor": "sensorium.ray.data.processor",
+    "build_processor": "sensorium.ray.data.processor",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
-    if name in _PLACES:
-        import importlib
-
-        return getattr(importlib.import_module(_PLACES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a public name when it is first used. Raises ConfigError where Ray is missing."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)

@@ -109,6 +109,7 @@ def local_cluster(
         ConfigError: Ray is not installed or cannot be started.
     """
     require_ray()
+    quiet()
     folder = PrivateFolder(_short_folder(), _PREFIX)
     try:
         with _own_environment():
@@ -189,16 +190,30 @@ def _start(show_logs: bool, **options: Any) -> Any:
     import ray
 
     try:
-        return ray.init(
-            log_to_driver=loud or show_logs,
-            logging_level=logging.INFO if loud else logging.ERROR,
-            **options,
-        )
+        with contextlib.nullcontext() if loud else _no_standard_error():
+            return ray.init(
+                log_to_driver=loud or show_logs,
+                logging_level=logging.INFO if loud else logging.ERROR,
+                **options,
+            )
     except ConnectionError as error:
         raise UnavailableError(f"Ray cannot be reached: {error}") from error
     except (RuntimeError, ValueError, OSError, TimeoutError) as error:
         _stop()
         raise ConfigError(f"Ray cannot be started: {error}") from error
+
+
+@contextlib.contextmanager
+def _no_standard_error() -> Iterator[None]:
+    """Discard what Ray's library, which is no Python, says while it begins."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def quiet() -> None:
@@ -208,6 +223,7 @@ def quiet() -> None:
     """
     if environment.log_level() == "DEBUG":
         return
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     for name in ("ray", "ray.data", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

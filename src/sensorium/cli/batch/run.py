@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from sensorium import progress
 from sensorium.cli.batch.journal import Journal
@@ -100,17 +100,16 @@ class Run:
     """A run over an input. Raises ConfigError for an empty one."""
 
     def __init__(self, job: Job, file: BinaryIO) -> None:
-        self._job = job
+        self.job = job
         self._file = file
         self._found = survey(file, job.max_line_bytes)
-        self._num_tokens = 0
         self._runner: LineRunner | None = None
         if self._found.num_lines == 0:
             raise ConfigError(f"{str(job.source)!r} has no lines.")
 
     def journal(self) -> Journal:
         """Open the files of the output. Raises ConfigError."""
-        job = self._job
+        job = self.job
         return Journal(job.answers, job.errors, self._found, overwrite=job.overwrite)
 
     def is_complete(self, journal: Journal) -> bool:
@@ -137,9 +136,27 @@ class Run:
             for number in STOPS:
                 loop.remove_signal_handler(number)
 
+    @property
+    def num_numbers(self) -> int:
+        """Return a number greater than those of all lines."""
+        return len(self._found.marks)
+
+    def lines_with_offsets(self) -> Iterator[tuple[int, Line | BadLine]]:
+        """Yield all lines from the beginning, each with the place of its first byte."""
+        starts = _Starts(self._file)
+        for line in read_lines(cast(BinaryIO, starts), self._found, self.job.max_line_bytes):
+            yield starts.of(line.number), line
+
+    @contextlib.contextmanager
+    def progress(self, journal: Journal) -> Iterator[Progress]:
+        """Show how many lines are done, while the block runs."""
+        total, done = self._found.num_lines, journal.num_done
+        with progress.bar("Lines", total, unit="lines", keep=True, delay=0.0, initial=done) as bar:
+            yield Progress(bar)
+
     def summary(self, journal: Journal) -> str:
         """Return a sentence on what was done, and how to go on where something is left."""
-        job, total = self._job, self._found.num_lines
+        job, total = self.job, self._found.num_lines
         num_good = journal.num_done - journal.num_failed
         text = f"{num_good} of {total} lines answered, in {str(job.answers)!r}"
         if journal.num_failed:
@@ -159,27 +176,65 @@ class Run:
         working.cancel()
 
     async def _work(self, journal: Journal, caller: AbstractAsyncContextManager[Caller]) -> None:
-        job = self._job
+        job = self.job
         async with caller as answers:
             self._runner = LineRunner(answers, job.num_at_once, patience=job.patience)
-            total = self._found.num_lines
-            with progress.bar(
-                "Lines", total, unit="lines", keep=True, delay=0.0, initial=journal.num_done
-            ) as bar:
-                began = time.monotonic()
+            with self.progress(journal) as shown:
 
                 async def write(outcome: Outcome) -> None:
                     journal.write(outcome.number, outcome.succeeded, outcome.text)
-                    self._num_tokens += outcome.num_output_tokens
-                    seconds = max(time.monotonic() - began, 1e-9)
-                    failed = f"failed {journal.num_failed}, " if journal.num_failed else ""
-                    rate = f"output {self._num_tokens / seconds:.1f} tok/s"
-                    bar.set_postfix_str(failed + rate, refresh=False)
-                    bar.update()
+                    shown.add(outcome, journal)
 
                 await self._runner.run(self._todo(journal), write)
 
     def _todo(self, journal: Journal) -> Iterator[Line | BadLine]:
-        for line in read_lines(self._file, self._found, self._job.max_line_bytes):
+        for line in read_lines(self._file, self._found, self.job.max_line_bytes):
             if not journal.is_done(line.number):
                 yield line
+
+
+class Progress:
+    """Bar of the lines that are done, with the failed ones and the rate of tokens."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._began = time.monotonic()
+        self._num_tokens = 0
+
+    def add(self, outcome: Outcome, journal: Journal) -> None:
+        """Count a line whose output has been written."""
+        self._num_tokens += outcome.num_output_tokens
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        failed = f"failed {journal.num_failed}, " if journal.num_failed else ""
+        rate = f"output {self._num_tokens / seconds:.1f} tok/s"
+        self._bar.set_postfix_str(failed + rate, refresh=False)
+        self._bar.update()
+
+
+class _Starts:
+    """A file that notes where each line begins that is read from its beginning."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._number = self._offset = self._start = 0
+        self._at_start = True
+
+    def seek(self, offset: int) -> int:
+        """Go to the beginning."""
+        self._number = self._offset = 0
+        self._at_start = True
+        return self._file.seek(offset)
+
+    def readline(self, size: int) -> bytes:
+        """Read a line, or a piece of a longer one."""
+        line = self._file.readline(size)
+        if self._at_start:
+            self._number, self._start = self._number + 1, self._offset
+        self._offset += len(line)
+        self._at_start = line.endswith(b"\n")
+        return line
+
+    def of(self, number: int) -> int:
+        """Return where the line that was read last begins, which has this number."""
+        assert number == self._number
+        return self._start

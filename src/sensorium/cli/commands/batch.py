@@ -6,7 +6,7 @@ import argparse
 import itertools
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sensorium import environment
 from sensorium.cli.flags import add_engine_flags, build_engine_config
@@ -14,6 +14,9 @@ from sensorium.config import MIB, ServedConfig, ServerConfig, check_models
 from sensorium.errors import ConfigError
 from sensorium.processes.start import forgo_pools
 from sensorium.progress import LoggedBar, bar_class
+
+if TYPE_CHECKING:
+    from sensorium.cli.batch.run import Job
 
 DESCRIPTION = (
     "Answer the requests in a file, one JSON object a line with custom_id, method, url and body, "
@@ -35,6 +38,7 @@ COMMON = {
     "--max-model-len": "--max-model-len 8192",
     "--quantization": "--quantization int8",
     "--allowed-local-media-path": "--allowed-local-media-path media",
+    "--replicas": "--replicas 4",
 }
 
 
@@ -78,6 +82,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.has_models = True
     _add_server_flags(parser)
+    _add_cluster_flags(parser)
     add_engine_flags(parser)
     parser.common = COMMON
     parser.set_defaults(handler=run)
@@ -109,6 +114,44 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of several engines on Ray."""
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        metavar="N",
+        help="engines that share the work, each in a process of its own on Ray (needs the extra "
+        "ray); without it one engine runs, without Ray",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="cluster of Ray on which --replicas run: auto for the one of this machine, or "
+        "HOST:PORT (default: one that is started on this machine for the run)",
+    )
+    parser.add_argument(
+        "--media-replicas",
+        type=int,
+        metavar="N",
+        help="processes beside --replicas that tokenize, fetch and decode media on a CPU each "
+        "(default: as many as engines)",
+    )
+    parser.add_argument(
+        "--replica-cpus",
+        type=float,
+        default=1.0,
+        metavar="N",
+        help="CPUs that Ray reserves for each of --replicas (default: 1)",
+    )
+    parser.add_argument(
+        "--replica-gpus",
+        type=float,
+        metavar="N",
+        help="GPUs that Ray reserves for each of --replicas (default: as many as "
+        "--tensor-parallel-size where --device is cuda, else none)",
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Answer all lines; return the exit status."""
     forgo_pools()
@@ -116,9 +159,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not os.environ.get("SENSORIUM_LOG_LEVEL") and bar_class() is not LoggedBar:
         environment.set_log_level("warning")  # a bar is shown, or no progress is wanted
     from sensorium.cli.batch.remote import RemoteCaller
-    from sensorium.cli.batch.run import Job, local_caller, run_batch
+    from sensorium.cli.batch.run import local_caller, run_batch
 
     caller: Any
+    if arguments.replicas is not None:
+        return _run_on_ray(arguments)
     if arguments.base_url:
         at_once = REMOTE_AT_ONCE
         caller = RemoteCaller(
@@ -128,8 +173,35 @@ def run(arguments: argparse.Namespace) -> int:
         models = models_of(arguments)
         at_once = 2 * max(model.engine.scheduler.max_num_seqs for model in models)
         caller = local_caller(models)
+    return run_batch(_job(arguments, at_once), caller)
+
+
+def _run_on_ray(arguments: argparse.Namespace) -> int:
+    from sensorium.ray.cluster import require_ray
+
+    require_ray()
+    from sensorium.cli.batch.replicas import Cluster, run_on_ray
+    from sensorium.ray.data.batch import Replicas
+    from sensorium.ray.data.stages import gpus_of
+
+    [model] = models_of(arguments)
+    num_gpus = arguments.replica_gpus
+    job = _job(arguments, 2 * model.engine.scheduler.max_num_seqs)
+    replicas = Replicas(
+        engines=arguments.replicas,
+        preparing=arguments.media_replicas or arguments.replicas,
+        rows=job.num_at_once,
+        num_cpus=arguments.replica_cpus,
+        num_gpus=gpus_of(model.engine) if num_gpus is None else num_gpus,
+    )
+    return run_on_ray(job, model, Cluster(arguments.ray_address, replicas))
+
+
+def _job(arguments: argparse.Namespace, at_once: int) -> Job:
+    from sensorium.cli.batch.run import Job
+
     output = Path(arguments.output).expanduser()
-    job = Job(
+    return Job(
         source=Path(arguments.input).expanduser(),
         answers=output,
         errors=errors_path(arguments.errors, output),
@@ -139,7 +211,6 @@ def run(arguments: argparse.Namespace) -> int:
         in_order=arguments.in_order,
         overwrite=arguments.overwrite,
     )
-    return run_batch(job, caller)
 
 
 def models_of(arguments: argparse.Namespace) -> list[ServedConfig]:
@@ -161,7 +232,8 @@ def models_of(arguments: argparse.Namespace) -> list[ServedConfig]:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for values that cannot be used."""
-    for name in ("concurrency", "max_line_mb"):
+    _check_cluster(arguments)
+    for name in ("concurrency", "max_line_mb", "replicas", "media_replicas"):
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= 1 << 20:
             raise ConfigError(f"{name} must be from 1 to {1 << 20}, got {value}.", param=name)
@@ -176,6 +248,29 @@ def _check(arguments: argparse.Namespace) -> None:
     for (name, path), (other_name, other) in itertools.combinations(files.items(), 2):
         if _is_same(path, other):
             raise ConfigError(f"{name} and {other_name} must be two files.")
+
+
+def _check_cluster(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for flags that do not go together."""
+    if arguments.replicas is None:
+        for name in ("ray_address", "media_replicas", "replica_gpus"):
+            if getattr(arguments, name) is not None:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} needs --replicas, the number of engines.", param=name)
+        return
+    if arguments.base_url:
+        raise ConfigError(
+            "--replicas starts engines, and --base-url uses those of a server: give one of them.",
+            param="replicas",
+        )
+    if len(arguments.listed_models or ()) > 1:
+        raise ConfigError(
+            "--replicas runs one model; the file of flags lists several.", param="replicas"
+        )
+    for name in ("replica_cpus", "replica_gpus"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 <= value <= 1 << 16:
+            raise ConfigError(f"{name} must be from 0 to {1 << 16}, got {value}.", param=name)
 
 
 def errors_path(given: str | None, output: Path) -> Path:

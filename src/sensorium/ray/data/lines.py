@@ -1,0 +1,124 @@
+"""Lines of batches in both stages: the application answers them, first without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from sensorium.config import EngineConfig, ServedConfig
+from sensorium.engine.serving.frontend import Frontend
+from sensorium.errors import UnavailableError
+from sensorium.ray.data.fronts import (
+    Prompts,
+    engine_frontend,
+    preparing_frontend,
+    prompts_of_request,
+)
+from sensorium.server.app import build_app
+from sensorium.server.batches.calls import AppCaller, Reply
+from sensorium.server.batches.lines import Line
+from sensorium.server.batches.runner import FIRST_WAIT, LATER, LONGEST_WAIT, Outcome, answered
+from sensorium.server.models.facts import read_facts
+from sensorium.server.models.lookup import ServedModels
+from sensorium.server.models.served import ServedModel
+
+PATIENCE = 600.0
+"""Seconds for which a line is tried again while the engine of a process is being replaced."""
+_LEAST_OWN_FAULT, _LEAST_OTHER_FAULT, _UNKNOWN = 400, 500, 404
+
+
+class Stage(Protocol):
+    """What one of the two stages does with a row. Belongs to one event loop."""
+
+    async def start(self) -> None:
+        """Get ready. Raises ConfigError."""
+        ...
+
+    async def run(self, work: Any, prompts: Prompts) -> Any:
+        """Return what becomes of a row; None for nothing yet, or nothing any more."""
+        ...
+
+    async def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+class LineStage:
+    """Calls the application of one model. ``Stage`` of lines, see the two below."""
+
+    def __init__(self, config: ServedConfig) -> None:
+        self._config = config
+
+    async def start(self) -> None:
+        """See ``Stage.start``."""
+        model = ServedModel(self._config, self._frontend)
+        self._models = ServedModels([model], None, read_facts=read_facts)
+        app = build_app(self._models, self._config.server)
+        self._caller = AppCaller(app, "", below=False)
+        await self._models.start()
+
+    async def close(self) -> None:
+        """See ``Stage.close``."""
+        await self._models.close()
+
+    async def _frontend(self, config: EngineConfig) -> Frontend:
+        raise NotImplementedError
+
+    async def _reply(self, line: Line, prompts: Prompts) -> Reply | None:
+        """Return the answer to a line; None when it was refused for now, for too long."""
+        with prompts_of_request(prompts):
+            reply: Reply | None = await patiently(lambda: self._caller.call(line.url, line.body))
+        return reply
+
+
+class LinePreparation(LineStage):
+    """First stage: prepares the prompts of a line, and answers what cannot be served."""
+
+    async def run(self, work: Line, prompts: Prompts) -> Outcome | None:
+        """Return the error of a line; None for one whose prompts are ready, or left to the next."""
+        reply = await self._reply(work, prompts)
+        if reply is None or not _LEAST_OWN_FAULT <= reply.status < _LEAST_OTHER_FAULT:
+            return None
+        if reply.status == _UNKNOWN and self._config.engine.lora.enable_lora:
+            return None  # adapters are known where the engine is
+        return answered(work, reply)
+
+    async def _frontend(self, config: EngineConfig) -> Frontend:
+        return await asyncio.to_thread(preparing_frontend, config)
+
+
+class LineAnswer(LineStage):
+    """Second stage: answers a line whose prompts are ready."""
+
+    async def run(self, work: Line, prompts: Prompts) -> Outcome | None:
+        """Return the output of a line; None when the engine was away for too long."""
+        reply = await self._reply(work, prompts)
+        return None if reply is None else answered(work, reply)
+
+    async def _frontend(self, config: EngineConfig) -> Frontend:
+        return await engine_frontend(config)
+
+
+async def patiently(
+    call: Callable[[], Any],
+    patience: float = PATIENCE,
+    clock: Callable[[], float] = time.monotonic,
+) -> Any:
+    """Return what a call gives; repeat it while it is refused for now. None after ``patience``."""
+    ends, wait = clock() + patience, FIRST_WAIT
+    while True:
+        asked = None
+        try:
+            reply = await call()
+            if not isinstance(reply, Reply) or reply.status not in LATER or reply.is_final:
+                return reply
+            asked = reply.retry_after
+        except UnavailableError as error:
+            asked = error.retry_after
+        if clock() >= ends:
+            return None
+        await asyncio.sleep(max(wait * random.uniform(1.0, 1.5), min(asked or 0.0, LONGEST_WAIT)))
+        wait = min(2 * wait, LONGEST_WAIT)

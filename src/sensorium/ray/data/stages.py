@@ -1,0 +1,181 @@
+"""The two stages as Ray Data runs them: actors that take batches of rows, several at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sensorium.config import EngineConfig
+from sensorium.models.needs import NVIDIA
+from sensorium.multimodal.shared_memory import MEMORY_FOLDER, place_below
+from sensorium.multimodal.workers.event_loop import LoopThread
+from sensorium.processes.private_folder import PrivateFolder
+from sensorium.ray.data.fronts import Prompts
+from sensorium.ray.data.lines import Stage
+
+if TYPE_CHECKING:
+    import pyarrow
+    from ray.data import Dataset
+
+COLUMN = "row"
+_THREADS = "OMP_NUM_THREADS"
+_CALLS_AT_ONCE = 8
+"""Batches into which the rows of an engine are divided, so that one slow row holds up few."""
+
+
+@dataclass(slots=True)
+class Row:
+    """A row between the stages.
+
+    Attributes:
+        work: The request.
+        given: What belongs to it and is only passed on.
+        prompts: Its prompts, once they are prepared.
+        result: What has become of it; None if nothing yet.
+    """
+
+    work: Any
+    given: Any = None
+    prompts: Prompts = field(default_factory=Prompts)
+    result: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Processes of a stage.
+
+    Attributes:
+        least, most: Number of processes.
+        rows: Rows that each has at a time.
+        num_cpus, num_gpus: What Ray reserves for each.
+    """
+
+    least: int
+    most: int
+    rows: int
+    num_cpus: float
+    num_gpus: float = 0.0
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a batch."""
+        return max(1, math.ceil(self.rows / _CALLS_AT_ONCE))
+
+    @property
+    def num_calls(self) -> int:
+        """Batches that a process has at a time."""
+        return max(1, math.ceil(self.rows / self.batch_size))
+
+
+def table_of(rows: Sequence[Row]) -> pyarrow.Table:
+    """Return rows as a table of one column."""
+    import pyarrow
+
+    packed = [pickle.dumps(row, pickle.HIGHEST_PROTOCOL) for row in rows]
+    return pyarrow.table({COLUMN: pyarrow.array(packed, pyarrow.large_binary())})
+
+
+def rows_of(table: pyarrow.Table) -> list[Row]:
+    """Return the rows of a table."""
+    return [pickle.loads(cell.as_buffer()) for cell in table.column(COLUMN)]
+
+
+class Preparation:
+    """First stage in an actor. Rows that have a result pass."""
+
+    keeps_prompts = True
+
+    def __init__(self, make: Callable[[], Stage], threads: str | None) -> None:
+        # Ray sets it to the number of reserved CPUs; the driver's counts, or none.
+        os.environ.pop(_THREADS, None)
+        if threads is not None:
+            os.environ[_THREADS] = threads
+        # Ray kills actors, too, after which nobody else would remove what lies there.
+        self._folder = PrivateFolder(_memory_folder(), "sensorium-ray-")
+        place_below(self._folder.path)
+        self._loop = LoopThread("stage")
+        self._stage = make()
+        self._loop.submit(self._stage.start()).result()
+
+    def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
+        """Run the rows of a batch at the same time."""
+        rows = rows_of(batch)
+        self._loop.submit(self._run_all(rows)).result()
+        return table_of(rows)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self._loop.submit(self._stage.close()).result()
+            self._loop.close()
+            self._folder.close()
+
+    async def _run_all(self, rows: Sequence[Row]) -> None:
+        await asyncio.gather(*(self._run(row) for row in rows if row.result is None))
+
+    async def _run(self, row: Row) -> None:
+        row.result = await self._stage.run(row.work, row.prompts)
+        if row.result is not None:
+            row.work = None
+        if row.result is not None or not self.keeps_prompts:
+            row.prompts = Prompts()
+
+
+class Answering(Preparation):
+    """Second stage in an actor."""
+
+    keeps_prompts = False
+
+
+def _memory_folder() -> str:
+    return str(MEMORY_FOLDER) if os.access(MEMORY_FOLDER, os.W_OK) else ""
+
+
+def gpus_of(config: EngineConfig) -> float:
+    """Return the GPUs that an engine with these options uses."""
+    device = config.model.device
+    is_gpu = NVIDIA.exists() if device == "auto" else device != "cpu"
+    return float(config.parallel.tensor_parallel_size if is_gpu else 0)
+
+
+def through_stages(
+    rows: Dataset,
+    prepare: Callable[[], Stage],
+    answer: Callable[[], Stage],
+    preparing: Pool,
+    answering: Pool,
+) -> Dataset:
+    """Return rows with results, or without one where an engine was away for too long."""
+    threads = os.environ.get(_THREADS)
+    for stage, make, pool in (
+        (Preparation, prepare, preparing),
+        (Answering, answer, answering),
+    ):
+        rows = _mapped(rows, stage, (make, threads), pool)
+    return rows
+
+
+def _mapped(rows: Dataset, stage: type, arguments: tuple[Any, ...], pool: Pool) -> Dataset:
+    from ray.data import ActorPoolStrategy
+
+    return rows.map_batches(
+        stage,
+        fn_constructor_args=arguments,
+        batch_size=pool.batch_size,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=pool.least,
+            max_size=pool.most,
+            max_concurrent_calls_per_actor=pool.num_calls,
+            max_tasks_in_flight_per_actor=pool.num_calls + 1,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
+        udf_modifying_row_count=False,
+    )
