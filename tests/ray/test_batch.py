@@ -98,7 +98,7 @@ def test_a_worker_is_killed_and_a_run_goes_on(ray_address: str, tmp_path: Path) 
         (["--ray-address", "auto"], "--ray-address needs --replicas"),
         (["--replicas", "0"], "replicas must be from 1"),
         (["--replicas", "2", "--base-url", "http://x"], "give one of them"),
-        (["--replicas", "2", "--replica-gpus", "-1"], "replica_gpus must be from 0"),
+        (["--replicas", "2", "--replica-gpus", "-1"], "replica-gpus must be from 0"),
     ],
 )
 def test_flags_that_do_not_go_together(
