@@ -159,12 +159,6 @@ class MediaPipeline:
             self._rules.of_item(ref, self._rules.configured)
         limits.check_counts([(r.modality, r.kind == "embeds") for r in refs], refs, self._config)
 
-    async def adopt(self, item: MediaItem) -> MediaItem:
-        """Return an item that was loaded elsewhere with its features here, once by digest."""
-        features = self._cache.get(item.digest) or await self._shared(item.features)
-        self._cache.put(item.digest, features)
-        return dataclasses.replace(item, features=features)
-
     def stats(self) -> MediaStats:
         """Return a snapshot of the counters of all stages and of the cache."""
         return self._counters.snapshot(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sensorium.cli.batch.run import Job, run_batch
-from sensorium.cli.commands.batch import errors_path
+from sensorium.cli.commands.batch import errors_place
 from sensorium.cli.main import main
 from sensorium.server.batches.calls import Caller, Reply
 
@@ -93,4 +93,4 @@ def test_the_input_is_not_overwritten(
     ],
 )
 def test_each_output_has_its_errors(output: str, errors: str) -> None:
-    assert errors_path(None, Path("folder") / output) == Path("folder") / errors
+    assert errors_place(None, f"folder/{output}") == f"folder/{errors}"

@@ -33,7 +33,7 @@ MOST_PASSES = 3
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Where a run takes place: ``address`` as in ``ray_cluster``, and the processes there."""
+    """Place of a run: ``address`` as in ``ray_cluster``, and the processes there."""
 
     address: str | None
     replicas: Replicas

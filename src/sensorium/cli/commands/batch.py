@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sensorium import environment
+from sensorium.cli.batch import places
 from sensorium.cli.flags import add_engine_flags, build_engine_config
 from sensorium.config import MIB, ServedConfig, ServerConfig, check_models
 from sensorium.errors import ConfigError
@@ -42,6 +45,15 @@ COMMON = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The local files of a run."""
+
+    source: Path
+    answers: Path
+    errors: Path
+
+
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
@@ -50,9 +62,29 @@ def add_parser(commands: Any) -> None:
         usage="%(prog)s IN.jsonl -o OUT.jsonl [options]",
         description=DESCRIPTION,
     )
-    parser.add_argument("input", metavar="IN.jsonl", help="file of requests")
     parser.add_argument(
-        "-o", "--output", metavar="OUT.jsonl", required=True, help="file for the answers"
+        "input",
+        metavar="IN.jsonl",
+        help="file of requests; or a Parquet file (.parquet), or a folder of images; a path, or a "
+        "URL that fsspec opens, such as s3://bucket/in.jsonl",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT.jsonl",
+        required=True,
+        help="file for the answers; with the end .parquet a Parquet file; a path or a URL",
+    )
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="what is asked about each image of a folder or a table"
+    )
+    parser.add_argument(
+        "--body",
+        type=_members,
+        default={},
+        metavar="JSON",
+        help="members of the body of each request that is made of an image or a row, such as "
+        "'{\"max_tokens\": 100}'",
     )
     parser.add_argument(
         "--errors",
@@ -152,10 +184,36 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _members(text: str) -> dict[str, Any]:
+    try:
+        members = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from None
+    if not isinstance(members, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return members
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Answer all lines; return the exit status."""
     forgo_pools()
     _check(arguments)
+    if places.is_folder(arguments.input) and not arguments.base_url:
+        for model in arguments.listed_models or [arguments]:
+            if not model.allowed_local_media_path:
+                model.allowed_local_media_path = str(places.local_path(arguments.input).absolute())
+    given = places.Wishes(arguments.prompt, arguments.body, bool(arguments.base_url))
+    with (
+        places.lines_of(arguments.input, given) as source,
+        places.local_output(arguments.output, overwrite=arguments.overwrite) as output,
+        places.local_output(
+            errors_place(arguments.errors, arguments.output), overwrite=arguments.overwrite
+        ) as errors,
+    ):
+        return _run(arguments, Files(source, output, errors))
+
+
+def _run(arguments: argparse.Namespace, files: Files) -> int:
     if not os.environ.get("SENSORIUM_LOG_LEVEL") and bar_class() is not LoggedBar:
         environment.set_log_level("warning")  # a bar is shown, or no progress is wanted
     from sensorium.cli.batch.remote import RemoteCaller
@@ -163,7 +221,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     caller: Any
     if arguments.replicas is not None:
-        return _run_on_ray(arguments)
+        return _run_on_ray(arguments, files)
     if arguments.base_url:
         at_once = REMOTE_AT_ONCE
         caller = RemoteCaller(
@@ -173,10 +231,10 @@ def run(arguments: argparse.Namespace) -> int:
         models = models_of(arguments)
         at_once = 2 * max(model.engine.scheduler.max_num_seqs for model in models)
         caller = local_caller(models)
-    return run_batch(_job(arguments, at_once), caller)
+    return run_batch(_job(arguments, files, at_once), caller)
 
 
-def _run_on_ray(arguments: argparse.Namespace) -> int:
+def _run_on_ray(arguments: argparse.Namespace, files: Files) -> int:
     from sensorium.ray.cluster import require_ray
 
     require_ray()
@@ -186,7 +244,7 @@ def _run_on_ray(arguments: argparse.Namespace) -> int:
 
     [model] = models_of(arguments)
     num_gpus = arguments.replica_gpus
-    job = _job(arguments, 2 * model.engine.scheduler.max_num_seqs)
+    job = _job(arguments, files, 2 * model.engine.scheduler.max_num_seqs)
     replicas = Replicas(
         engines=arguments.replicas,
         preparing=arguments.media_replicas or arguments.replicas,
@@ -197,14 +255,13 @@ def _run_on_ray(arguments: argparse.Namespace) -> int:
     return run_on_ray(job, model, Cluster(arguments.ray_address, replicas))
 
 
-def _job(arguments: argparse.Namespace, at_once: int) -> Job:
+def _job(arguments: argparse.Namespace, files: Files, at_once: int) -> Job:
     from sensorium.cli.batch.run import Job
 
-    output = Path(arguments.output).expanduser()
     return Job(
-        source=Path(arguments.input).expanduser(),
-        answers=output,
-        errors=errors_path(arguments.errors, output),
+        source=files.source,
+        answers=files.answers,
+        errors=files.errors,
         num_at_once=arguments.concurrency or at_once,
         max_line_bytes=arguments.max_line_mb * MIB,
         patience=PATIENCE,
@@ -239,11 +296,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{name} must be from 1 to {1 << 20}, got {value}.", param=name)
     if not arguments.request_timeout > 0:
         raise ConfigError("request_timeout must be greater than 0.", param="request_timeout")
-    output = Path(arguments.output).expanduser()
     files = {
-        "The input": Path(arguments.input).expanduser(),
-        "--output": output,
-        "--errors": errors_path(arguments.errors, output),
+        "The input": arguments.input,
+        "--output": arguments.output,
+        "--errors": errors_place(arguments.errors, arguments.output),
     }
     for (name, path), (other_name, other) in itertools.combinations(files.items(), 2):
         if _is_same(path, other):
@@ -273,19 +329,22 @@ def _check_cluster(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{name} must be from 0 to {1 << 16}, got {value}.", param=name)
 
 
-def errors_path(given: str | None, output: Path) -> Path:
+def errors_place(given: str | None, output: str) -> str:
     """Return the file for lines that failed: the one given, or one named after the output."""
     if given:
-        return Path(given).expanduser()
-    return Path(str(output).removesuffix(".jsonl") + ".errors.jsonl")
+        return given
+    return output.removesuffix(".jsonl").removesuffix(".parquet") + ".errors.jsonl"
 
 
-def _is_same(path: Path, other: Path) -> bool:
+def _is_same(given: str, other: str) -> bool:
     """Return true for two names of one file, through links as well."""
+    if places.is_url(given) or places.is_url(other):
+        return given == other
+    path, other_path = places.local_path(given), places.local_path(other)
     try:
-        return path.samefile(other)
+        return path.samefile(other_path)
     except OSError:  # one is not there yet
-        return os.path.realpath(path) == os.path.realpath(other)
+        return os.path.realpath(path) == os.path.realpath(other_path)
 
 
 def _api_key(arguments: argparse.Namespace) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sensorium.config import EngineConfig
+from sensorium.config import GIB, EngineConfig
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import ChatPrompt, PreparedPrompt, Prompt
@@ -25,8 +25,12 @@ from sensorium.engine.serving.client import OutputQueue
 from sensorium.engine.serving.frontend import Frontend
 from sensorium.engine.serving.supervisor import EngineSupervisor
 from sensorium.engine.stats import EngineFacts, EngineStats
+from sensorium.errors import OverloadedError
 from sensorium.models.registry import resolve
+from sensorium.multimodal.cache.features import FeatureCache
 from sensorium.multimodal.items import MediaItem
+from sensorium.multimodal.shared_memory import SharedArraysFolder
+from sensorium.multimodal.workers.decode_worker import NO_ROOM
 
 _NO_EMBEDDING = np.ones(1, "<f4").tobytes()
 
@@ -78,6 +82,19 @@ class PreparingProcessor(InputProcessor):
 class ReadyProcessor(InputProcessor):
     """Takes prompts that come prepared as they are, and prepares others."""
 
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, trust_request_chat_template=True, shared=True, package_files=True)
+        self._folder_of_items = SharedArraysFolder()
+        most = min(
+            int(config.cache.mm_processor_cache_gb * GIB), self._folder_of_items.capacity_bytes
+        )
+        self._kept = FeatureCache(most)
+
+    def close(self) -> None:
+        """See ``InputProcessor.close``."""
+        super().close()
+        self._folder_of_items.close()
+
     async def prepare(self, prompt: Prompt) -> PreparedPrompt:
         """See ``InputProcessor.prepare``."""
         ready = _prompts.get(None)
@@ -87,10 +104,21 @@ class ReadyProcessor(InputProcessor):
         if ready.context != self._context and _depends_on_context(prompt):
             return await super().prepare(prompt)
         self._room(len(prepared.token_ids), prompt.param)
-        if self._pipeline is None or not prepared.items:
-            return prepared
-        items = [await self._pipeline.adopt(item) for item in prepared.items]
+        items = [await self._shared(item) for item in prepared.items]
         return dataclasses.replace(prepared, items=tuple(items))
+
+    async def _shared(self, item: MediaItem) -> MediaItem:
+        """Return an item whose features the engine can open, once by digest."""
+        features = self._kept.get(item.digest)
+        if features is None:
+            try:
+                arrays = await asyncio.to_thread(self._folder_of_items.write, item.features.arrays)
+            except OSError as error:
+                self._kept.clear()
+                raise OverloadedError(NO_ROOM) from error
+            features = dataclasses.replace(item.features, arrays=arrays)
+            self._kept.put(item.digest, features)
+        return dataclasses.replace(item, features=features)
 
 
 def preparing_frontend(config: EngineConfig) -> Frontend:
@@ -104,7 +132,7 @@ async def engine_frontend(config: EngineConfig) -> Frontend:
     """Start an engine, and return its frontend. Raises ConfigError."""
     engine = EngineSupervisor(config)
     starting = asyncio.create_task(engine.start())
-    making = asyncio.create_task(asyncio.to_thread(_ready_processor, config))
+    making = asyncio.create_task(asyncio.to_thread(ReadyProcessor, config))
     try:
         processor = await asyncio.shield(making)
         await starting
@@ -149,10 +177,6 @@ class _StandIn:
 
     async def stop(self) -> None:
         """End nothing."""
-
-
-def _ready_processor(config: EngineConfig) -> ReadyProcessor:
-    return ReadyProcessor(config, trust_request_chat_template=True, shared=True, package_files=True)
 
 
 def assumed_facts(context: int) -> EngineFacts:

@@ -1,0 +1,189 @@
+"""Inputs and outputs of batches that are no local files of lines: other formats, file systems.
+
+An input becomes a local file of lines, whose numbers stay the same as long as the input does. So
+all that makes a run go on where it stopped holds for them, too. An output is such a file first, and
+is converted or copied when the run ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sensorium import environment
+from sensorium.errors import ConfigError
+from sensorium.processes.private_folder import PrivateFolder
+
+_PREFIX = "sensorium-batch-"
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """How rows that are no requests become some.
+
+    Attributes:
+        prompt: Text beside each image; None where none is asked for.
+        body: Members of the body of each request, below those of a row.
+        inline: Images of a local folder are put into the lines.
+    """
+
+    prompt: str | None = None
+    body: Mapping[str, Any] = field(default_factory=dict)
+    inline: bool = False
+
+
+def is_url(name: str) -> bool:
+    """Return true for a place that is no path of this machine."""
+    return "://" in name and not name.startswith("file://")
+
+
+def local_path(name: str) -> Path:
+    """Return a path of this machine."""
+    return Path(name.removeprefix("file://")).expanduser()
+
+
+def is_folder(name: str) -> bool:
+    """Return true for a folder of this machine."""
+    return not is_url(name) and local_path(name).is_dir()
+
+
+@contextlib.contextmanager
+def lines_of(name: str, wishes: Wishes) -> Iterator[Path]:
+    """Give an input as a file of lines. Raises ConfigError."""
+    is_table = name.endswith(".parquet")
+    if not (is_url(name) or is_table or is_folder(name)):
+        if wishes.prompt is not None or wishes.body:
+            raise ConfigError(
+                "--prompt and --body are for images and tables; the lines of a file have all in "
+                "their bodies.",
+                param="prompt",
+            )
+        yield local_path(name)
+        return
+    folder = PrivateFolder("", _PREFIX)
+    try:
+        path = folder.path / "lines.jsonl"
+        with _usable(name):
+            _write_lines(name, path, wishes)
+        yield path
+    finally:
+        folder.close()
+
+
+@contextlib.contextmanager
+def local_output(name: str, *, overwrite: bool) -> Iterator[Path]:
+    """Give the file of lines that becomes an output when the block ends. Raises ConfigError."""
+    is_table = name.endswith(".parquet")
+    if not is_url(name) and not is_table:
+        yield local_path(name)
+        return
+    path = _journal_path(name)
+    with _usable(name):
+        if is_table:
+            from sensorium.cli.batch import tables
+
+            tables.require_pyarrow()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_url(name) and not is_table and not overwrite and not path.exists():
+            _fetch(name, path)
+    try:
+        yield path
+    finally:
+        with _usable(name):
+            _deliver(path, name, is_table=is_table)
+
+
+def _journal_path(name: str) -> Path:
+    """Return where the lines of an output are kept: beside a local one, else among the caches."""
+    if not is_url(name):
+        path = local_path(name)
+        return path.with_name(f"{path.name}.jsonl")
+    key = hashlib.sha256(name.encode()).hexdigest()[:32]
+    return environment.cache_root() / "sensorium" / "batches" / f"{key}.jsonl"
+
+
+def _write_lines(name: str, path: Path, wishes: Wishes) -> None:
+    from sensorium.cli.batch import tables
+
+    system, place = _opened(name)
+    if name.endswith(".parquet"):
+        with system.open(place, "rb") as file, path.open("wb") as target:
+            target.writelines(tables.lines_of_table(file, wishes.prompt, wishes.body))
+        return
+    if system.isdir(place):
+        if wishes.prompt is None:
+            raise ConfigError(
+                f"{name!r} is a folder: say with --prompt what is asked about each image.",
+                param="prompt",
+            )
+        inline = wishes.inline or is_url(name)
+        with path.open("wb") as target:
+            target.writelines(
+                tables.lines_of_folder(system, place, wishes.prompt, wishes.body, inline=inline)
+            )
+        return
+    _copy(system, place, path)
+
+
+def _fetch(name: str, path: Path) -> None:
+    """Copy what an earlier run has delivered, perhaps from another machine."""
+    system, place = _opened(name)
+    if system.exists(place):
+        _copy(system, place, path)
+
+
+def _copy(system: Any, place: str, path: Path) -> None:
+    with system.open(place, "rb") as file, path.open("wb") as target:
+        while piece := file.read(_COPY_BYTES):
+            target.write(piece)
+
+
+def _deliver(path: Path, name: str, *, is_table: bool) -> None:
+    """Convert or copy the lines that are there. A reader never sees half of an output."""
+    from sensorium.cli.batch import tables
+
+    if not path.exists():
+        return
+    if not is_url(name):
+        unfinished = local_path(name).with_name(f".{local_path(name).name}.unfinished")
+        with unfinished.open("wb") as target:
+            tables.write_table(path, target)
+        os.replace(unfinished, local_path(name))
+        return
+    system, place = _opened(name)
+    with system.open(place, "wb") as target:
+        if is_table:
+            tables.write_table(path, target)
+        else:
+            with path.open("rb") as file:
+                while piece := file.read(_COPY_BYTES):
+                    target.write(piece)
+
+
+def _opened(name: str) -> tuple[Any, str]:
+    """Return the file system of a place, and its path there."""
+    import fsspec
+
+    if not is_url(name):
+        return fsspec.filesystem("file"), str(local_path(name).absolute())
+    system, place = fsspec.core.url_to_fs(name)
+    return system, place
+
+
+@contextlib.contextmanager
+def _usable(name: str) -> Iterator[None]:
+    """Raise ConfigError for a place that cannot be used."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"{name!r} cannot be opened: {error}.") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name!r} cannot be opened: {str(error)[:300]}.") from error

@@ -1,0 +1,135 @@
+"""Inputs and outputs of ``sensorium batch`` in other formats and on other file systems."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from sensorium.cli.batch.places import Wishes, lines_of, local_output
+from sensorium.errors import ConfigError
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def lines(name: str, wishes: Wishes | None = None) -> list[dict[str, Any]]:
+    with lines_of(name, wishes or Wishes()) as path:
+        return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("b/2.PNG", "b/1.jpg", "a.png"):
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "notes.txt").write_text("no image")
+    found = lines(str(tmp_path), Wishes("What is it?", {"max_tokens": 3}))
+    assert [line["custom_id"] for line in found] == ["a.png", "b/1.jpg", "b/2.PNG"]
+    assert found[0]["url"] == "/v1/chat/completions"
+    assert found[0]["body"]["max_tokens"] == 3
+    [message] = found[0]["body"]["messages"]
+    url = (tmp_path / "a.png").as_uri()
+    assert message["content"] == [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "What is it?"},
+    ]
+    inline = lines(str(tmp_path), Wishes("What is it?", inline=True))
+    url = inline[0]["body"]["messages"][0]["content"][0]["image_url"]["url"]
+    assert base64.b64decode(url.partition(",")[2]) == png()
+    with pytest.raises(ConfigError, match="--prompt"):
+        lines(str(tmp_path))
+
+
+def test_tables(tmp_path: Path) -> None:
+    def table(**columns: Any) -> str:
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")
+        return str(tmp_path / "in.parquet")
+
+    rows = lines(table(prompt=["a", "b"], max_tokens=[1, None], custom_id=["x", "y"]))
+    assert rows == [
+        {
+            "custom_id": "x",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"prompt": "a", "max_tokens": 1},
+        },
+        {"custom_id": "y", "method": "POST", "url": "/v1/completions", "body": {"prompt": "b"}},
+    ]
+    whole = lines(table(url=["/v1/embeddings"], body=['{"input": "a"}']), Wishes(body={"n": 1}))
+    assert whole[0]["custom_id"] == "row-1"
+    assert whole[0]["body"] == {"n": 1, "input": "a"}
+    chat = [[{"role": "user", "content": "hi", "name": None}], [{"role": "user", "content": "ho"}]]
+    assert lines(table(messages=chat))[0]["body"]["messages"] == [{"role": "user", "content": "hi"}]
+    images = lines(table(image=[{"bytes": png(), "path": "x.png"}]), Wishes("what?"))
+    assert images[0]["body"]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:")
+    with pytest.raises(ConfigError, match="It has: other"):
+        lines(table(other=[1]))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        lines(str(tmp_path / "bad.parquet"))
+
+
+def output(number: int, text: str) -> str:
+    choices = [{"message": {"content": text}}]
+    body = {"choices": choices, "usage": {"prompt_tokens": 5, "completion_tokens": number}}
+    response = {"status_code": 200, "request_id": "r", "body": body}
+    entry = {"id": f"batch_req_{number}", "custom_id": f"c{number}", "response": response}
+    return json.dumps(entry) + "\n"
+
+
+def test_an_output_as_a_table(tmp_path: Path) -> None:
+    name = str(tmp_path / "out.parquet")
+    for number in (1, 2):  # a run that stops, and one that goes on
+        with local_output(name, overwrite=False) as path, path.open("a") as file:
+            file.write(output(number, f"text {number}"))
+            if number == 2:
+                file.write('{"id": "batch_req_3", "cus')  # cut off
+    rows = pyarrow.parquet.read_table(name).to_pylist()
+    assert [row["line"] for row in rows] == [1, 2]
+    assert rows[1]["text"] == "text 2"
+    assert (rows[1]["custom_id"], rows[1]["prompt_tokens"], rows[1]["output_tokens"]) == (
+        "c2",
+        5,
+        2,
+    )
+    assert json.loads(rows[0]["body"])["choices"]
+
+
+def test_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/in.jsonl", b'{"custom_id": "a"}\n')
+    assert lines("memory://bucket/in.jsonl") == [{"custom_id": "a"}]
+    memory.pipe("/bucket/images/a.png", png())
+    [line] = lines("memory://bucket/images", Wishes("what?"))
+    assert line["custom_id"] == "a.png"
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        lines("memory://bucket/missing.jsonl")
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        lines("nonsense://bucket/in.jsonl")
+
+    with local_output("memory://bucket/out.jsonl", overwrite=False) as path:
+        path.write_text(output(1, "one"))
+    assert memory.cat_file("/bucket/out.jsonl").decode() == output(1, "one")
+    path.unlink()  # as on another machine
+    with local_output("memory://bucket/out.jsonl", overwrite=False) as path:
+        assert path.read_text() == output(1, "one")
+        with path.open("a") as file:
+            file.write(output(2, "two"))
+    assert memory.cat_file("/bucket/out.jsonl").count(b"\n") == 2
+    with local_output("memory://bucket/out.parquet", overwrite=False) as path:
+        path.write_text(output(1, "one"))
+    file = memory.open("/bucket/out.parquet")
+    assert pyarrow.parquet.read_table(file).to_pylist()[0]["text"] == "one"
