@@ -25,7 +25,7 @@ _COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """How rows that are no requests become some.
+    """Options by which rows that are no requests become some.
 
     Attributes:
         prompt: Text beside each image; None where none is asked for.

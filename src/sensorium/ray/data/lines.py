@@ -31,7 +31,7 @@ _LEAST_OWN_FAULT, _LEAST_OTHER_FAULT, _UNKNOWN = 400, 500, 404
 
 
 class Stage(Protocol):
-    """What one of the two stages does with a row. Belongs to one event loop."""
+    """Work of one of the two stages on rows. Belongs to one event loop."""
 
     async def start(self) -> None:
         """Get ready. Raises ConfigError."""
@@ -47,7 +47,7 @@ class Stage(Protocol):
 
 
 class LineStage:
-    """Calls the application of one model. ``Stage`` of lines, see the two below."""
+    """Caller of the application of one model: a ``Stage`` of lines, see the two below."""
 
     def __init__(self, config: ServedConfig) -> None:
         self._config = config
