@@ -62,30 +62,7 @@ def add_parser(commands: Any) -> None:
         usage="%(prog)s IN.jsonl -o OUT.jsonl [options]",
         description=DESCRIPTION,
     )
-    parser.add_argument(
-        "input",
-        metavar="IN.jsonl",
-        help="file of requests; or a Parquet file (.parquet), or a folder of images; a path, or a "
-        "URL that fsspec opens, such as s3://bucket/in.jsonl",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="OUT.jsonl",
-        required=True,
-        help="file for the answers; with the end .parquet a Parquet file; a path or a URL",
-    )
-    parser.add_argument(
-        "--prompt", metavar="TEXT", help="what is asked about each image of a folder or a table"
-    )
-    parser.add_argument(
-        "--body",
-        type=_members,
-        default={},
-        metavar="JSON",
-        help="members of the body of each request that is made of an image or a row, such as "
-        "'{\"max_tokens\": 100}'",
-    )
+    _add_place_flags(parser)
     parser.add_argument(
         "--errors",
         metavar="FILE",
@@ -118,6 +95,34 @@ def add_parser(commands: Any) -> None:
     add_engine_flags(parser)
     parser.common = COMMON
     parser.set_defaults(handler=run)
+
+
+def _add_place_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the input, and of the output."""
+    parser.add_argument(
+        "input",
+        metavar="IN.jsonl",
+        help="file of requests; or a Parquet file (.parquet), or a folder of images; a path, or a "
+        "URL that fsspec opens, such as s3://bucket/in.jsonl",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT.jsonl",
+        required=True,
+        help="file for the answers; with the end .parquet a Parquet file; a path or a URL",
+    )
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="what is asked about each image of a folder or a table"
+    )
+    parser.add_argument(
+        "--body",
+        type=_members,
+        default={},
+        metavar="JSON",
+        help="members of the body of each request that is made of an image or a row, such as "
+        "'{\"max_tokens\": 100}'",
+    )
 
 
 def _add_server_flags(parser: argparse.ArgumentParser) -> None:
