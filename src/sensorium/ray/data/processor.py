@@ -91,28 +91,29 @@ def build_processor(
         ConfigError: Ray is not installed, or an option is wrong or unknown.
     """
     require_ray()
-    if isinstance(model, EngineConfig):
-        if keywords:
-            raise ConfigError(
-                f"Engine options go into the configuration: {', '.join(keywords)}.",
-                param=next(iter(keywords)),
-            )
-        config = model
-    else:
-        config = engine_config(model=model, **keywords)
-    least, most = _bounds(concurrency, "concurrency")
-    ahead = _bounds(concurrency if media_concurrency is None else media_concurrency, "media")
+    config = _config(model, keywords)
+    engines = _bounds(concurrency, "concurrency")
+    ahead = (
+        engines if media_concurrency is None else _bounds(media_concurrency, "media_concurrency")
+    )
     rows = 2 * config.scheduler.max_num_seqs if batch_size is None else batch_size
     if rows < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}.", param="batch_size")
     gpus = gpus_of(config) if num_gpus is None else num_gpus
-    return Processor(
-        config,
-        preprocess,
-        postprocess,
-        Pool(*ahead, max(1, rows * most // ahead[1]), 1.0),
-        Pool(least, most, rows, num_cpus, gpus),
-    )
+    preparing = Pool(*ahead, max(1, rows * engines[1] // ahead[1]), 1.0)
+    answering = Pool(*engines, rows, num_cpus, gpus)
+    return Processor(config, preprocess, postprocess, preparing, answering)
+
+
+def _config(model: str | EngineConfig, keywords: Mapping[str, Any]) -> EngineConfig:
+    if isinstance(model, str):
+        return engine_config(model=model, **keywords)
+    if keywords:
+        raise ConfigError(
+            f"Engine options go into the configuration: {', '.join(keywords)}.",
+            param=next(iter(keywords)),
+        )
+    return model
 
 
 def _bounds(given: int | tuple[int, int], name: str) -> tuple[int, int]:
