@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -125,11 +125,8 @@ def _results(
             yield row
         return
     tasks = list(tasks_of(section, costs, options))
-    if options.processes == 1:
-        found = map(run, tasks)
-    else:
-        pool = ProcessPoolExecutor(options.processes)
-        found = pool.map(run, tasks)
+    pool = ProcessPoolExecutor(options.processes) if options.processes > 1 else None
+    found: Iterable[dict[str, Any]] = map(run, tasks) if pool is None else pool.map(run, tasks)
     for row in found:
         line = {name: row[name] for name in SHOWN}
         cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in line.values()]

@@ -40,9 +40,9 @@ def keys_of(num_replicas: int, count: int) -> list[RequestKey]:
     return [key for _, key in sorted(requests, key=lambda pair: pair[0])][:count]
 
 
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     began = time.thread_time_ns()
-    result = call()
+    result = call(*arguments)
     return (time.thread_time_ns() - began) / 1e3, result
 
 
@@ -50,26 +50,24 @@ def measure(num_replicas: int, count: int) -> dict[str, Any]:
     """Microseconds of decisions with so many replicas, each with some load."""
     router, draw = Router(seed=0), random.Random(0)
     ids = [f"replica-{i}" for i in range(num_replicas)]
-    set_us, _ = _timed(lambda: router.set_replicas(ids))
+    set_us, _ = _timed(router.set_replicas, ids)
     keys = keys_of(num_replicas, count)
     choose, all_calls = [], []
     report: list[float] = []
     open_: list[tuple[str, RequestKey]] = []
     for place, key in enumerate(keys):
-        choose_us, chosen = _timed(lambda key=key: router.choose(key))
-        sent_us, _ = _timed(lambda key=key, id=chosen[0]: router.sent(id, key))
-        first_us, _ = _timed(lambda key=key, id=chosen[0]: router.first_token(id, key))
+        choose_us, chosen = _timed(router.choose, key)
+        sent_us, _ = _timed(router.sent, chosen[0], key)
+        first_us, _ = _timed(router.first_token, chosen[0], key)
         open_.append((chosen[0], key))
         id, old = open_[max(0, len(open_) - 8 * num_replicas)]
-        ended_us, _ = _timed(lambda key=old, id=id: router.ended(id, key))
+        ended_us, _ = _timed(router.ended, id, old)
         choose.append(choose_us)
         all_calls.append(choose_us + sent_us + first_us + ended_us)
         load = ReplicaLoad(
             draw.randrange(12), draw.randrange(3), draw.randrange(2000), draw.random()
         )
-        report.append(
-            _timed(lambda id=ids[place % num_replicas], load=load: router.report(id, load))[0]
-        )
+        report.append(_timed(router.report, ids[place % num_replicas], load)[0])
     half = len(choose) // 2
     return {
         "replicas": num_replicas,
