@@ -175,6 +175,17 @@ def test_a_replica_that_left_or_fails_gets_nothing() -> None:
     assert own.choose(request)[0] == other, "it comes back with empty caches"
 
 
+def test_an_engine_that_has_started_again_has_nothing_cached() -> None:
+    own = router(costs=RoutingCosts(slack=0, spread=0))
+    request = key("a", num_tokens=512)
+    holder = serve(own, request)
+    own.report(holder, ReplicaLoad(waiting_tokens=100))
+    assert own.choose(request)[0] == holder
+    for healthy in (False, True):
+        own.report(holder, ReplicaLoad(waiting_tokens=100, healthy=healthy))
+    assert own.choose(request)[0] != holder
+
+
 def test_without_any_healthy_replica_all_are_tried() -> None:
     own = router()
     for id in IDS:

@@ -30,6 +30,8 @@ class HolderMemory:
         self._young: dict[bytes, _Holders] = {}
         self._old: dict[bytes, _Holders] = {}
         self._num_young = self._num_old = 0
+        self._forgotten: dict[bytes, _Holders] = {}
+        """A generation that is freed entry by entry, as all at once would take milliseconds."""
 
     def __len__(self) -> int:
         """Return the number of pairs of digest and holder."""
@@ -49,6 +51,8 @@ class HolderMemory:
 
     def add(self, digest: bytes, holder: int, mark: int) -> None:
         """Note that a holder has some content, with a mark of that moment."""
+        if self._forgotten:
+            self._forgotten.popitem()
         found = self._young.get(digest)
         if found is None:
             found = self._old.pop(digest, None)
@@ -62,6 +66,7 @@ class HolderMemory:
         else:
             self._young[digest] = self._with(found, holder, mark)
         if self._num_young > self.capacity // 2:
+            self._forgotten = self._old
             self._old, self._num_old = self._young, self._num_young
             self._young, self._num_young = {}, 0
 
@@ -80,6 +85,9 @@ class HolderMemory:
 
 class Popularity:
     """Shares of contents among the latest ones, counted in the present window and the last."""
+
+    LEAST = 64
+    """Fewer counts than these say little: what is missing counts as other content."""
 
     def __init__(self, window: int = 8192) -> None:
         self.window = window
@@ -102,4 +110,4 @@ class Popularity:
 
     def share(self, digest: bytes) -> float:
         """Return its share of all that was counted, 0 to 1."""
-        return self.count(digest) / max(1, self._num_new + self._num_old)
+        return self.count(digest) / max(self.LEAST, self._num_new + self._num_old)

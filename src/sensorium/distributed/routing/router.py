@@ -126,9 +126,18 @@ class Router:
         was_healthy = known.load.healthy
         known.report(load)
         if load.healthy != was_healthy:
+            if load.healthy:
+                self._forget_content(known)
             self._set_healthy()
         elif load.healthy:
             self._estimate(known)
+
+    def _forget_content(self, replica: Replica) -> None:
+        """Take a replica for one without content: its engine has started again."""
+        del self._by_number[replica.number]
+        replica.number = self._num_seen
+        self._num_seen += 1
+        self._by_number[replica.number] = replica
 
     def choose(self, key: RequestKey | None, among: Collection[str] | None = None) -> list[str]:
         """Return a few replicas, the best one first; an empty list when there are none.
