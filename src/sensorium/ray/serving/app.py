@@ -116,6 +116,7 @@ def _engines(config: EngineConfig, server: ServerConfig, resources: Resources) -
         },
         request_router_config=RequestRouterConfig(
             request_router_class="sensorium.ray.serving.router:EngineRouter",
+            request_router_kwargs={"num_routers": server.api_server_count},
             request_routing_stats_period_s=STATS_SECONDS,
             request_routing_stats_timeout_s=10 * STATS_SECONDS,
         ),

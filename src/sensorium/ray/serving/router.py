@@ -18,9 +18,9 @@ class EngineRouter(RequestRouter):
     ``sensorium.distributed.routing`` compares two replicas at random.
     """
 
-    def initialize_state(self, **_: Any) -> None:
+    def initialize_state(self, num_routers: int = 1, **_: Any) -> None:
         """Make the state; Ray Serve calls this once, before anything else."""
-        self._router = Router()
+        self._router = Router(num_routers=num_routers)
         self._open: dict[str, tuple[str, RequestKey]] = {}
         """By Ray Serve's id of a request that has not ended: its replica and its key."""
         self._reported: dict[str, object] = {}
