@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.rewriting import rewrite_all
+
 SHARED = ("tests/reliability/", "tests/ray/")
 """Folders whose tests share servers, or a cluster, for the whole session: of each of them, one
 process runs all files."""
@@ -24,6 +26,7 @@ NOT_FAST = (
     *SHARED,
     "tests/bench/",
     "tests/browser/",
+    "tests/cli/commands/test_bench.py",
     "tests/clients/",
     "tests/e2e/",
     "tests/examples/",
@@ -40,6 +43,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fast", action="store_true", help="the quick tests only, see CONTRIBUTING.md"
     )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Take one process more than there are CPUs: tests of servers wait for a fifth of their time."""
+    return len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]) + 1
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Prepare what all processes of a run would prepare at the same time."""
+    if session.config.getoption("numprocesses", None) and not hasattr(
+        session.config, "workerinput"
+    ):
+        rewrite_all(session.config, ROOT / "tests")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

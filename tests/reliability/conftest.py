@@ -76,8 +76,8 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Ite
         "enable_mm_embeds": True,
         "allowed_local_media_path": folder,
         "allowed_media_domains": ("localhost",),
-        "image_fetch_timeout": 1.5,
-        "video_fetch_timeout": 1.5,
+        "image_fetch_timeout": 4.5,
+        "video_fetch_timeout": 4.5,
         "grammar_timeout": 0.5,
         "api_key": KEYS,
     }
