@@ -28,14 +28,28 @@ NOT_FAST = (
     "tests/browser/",
     "tests/cli/commands/test_bench.py",
     "tests/clients/",
+    "tests/docs/test_running.py",
+    "tests/docs/test_site.py",
+    "tests/docs/test_troubleshooting.py",
     "tests/e2e/",
+    "tests/engine/parallel/",
+    "tests/engine/serving/test_process.py",
+    "tests/engine/serving/test_worker.py",
     "tests/examples/",
     "tests/fuzz/",
     "tests/kernels/",
+    "tests/layers/",
     "tests/models/",
+    "tests/multimodal/workers/",
+    "tests/processes/",
+    "tests/runtime/",
+    "tests/test_async_llm.py",
+    "tests/test_embed.py",
+    "tests/test_llm",
+    "tests/training/",
 )
-"""Folders and files that ``--fast`` leaves out, besides tests marked as slow: they compile kernels,
-run models or start servers."""
+"""Beginnings of the names of folders and files that ``--fast`` leaves out, besides tests marked as
+slow: they compile kernels, run models or start processes."""
 ROOT = Path(__file__).parents[1]
 
 
