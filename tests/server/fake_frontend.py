@@ -145,6 +145,10 @@ class FakeFrontend:
             await self.adapters.unused(name)
             self.adapters.set([a for a in self.adapters if a.name != name])
 
+    async def replica_stats(self) -> dict[str, EngineStats]:
+        """Nothing, as there is one engine."""
+        return {}
+
     async def stats(self) -> EngineStats:
         """Some numbers."""
         return EngineStats(
