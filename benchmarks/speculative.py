@@ -2,6 +2,7 @@
 
     python -m benchmarks.speculative --model FOLDER [--tasks NAME ...] [--batches N ...]
     python -m benchmarks.speculative --model FOLDER --equal 200
+    python -m benchmarks.speculative --model FOLDER --control [--tasks NAME ...] [--batches N ...]
 
 FOLDER holds a checkpoint with a chat template, such as the one that ``benchmarks.smollm2`` makes.
 Two engines with the same weights, in one process and thread, answer the same prompts at the same
@@ -10,8 +11,10 @@ else slows the machine down slows both. Times are those from the first token of 
 begin, so prompts are not counted: "all" is all tokens until the last answer has ended, when few
 sequences may be left, "each" the geometric mean of the speeds of the answers. Every answer has its
 full length. The ratio of a task is the median of those of its rounds; the range is that of all.
-Before the rounds of a number of sequences, those of one task run once and are not counted. Results
-are appended to the file of results where it exists, so that a long comparison can be cut up.
+Before the rounds of a number of sequences, those of one task run once and are not counted. With
+``--control`` both engines run without speculation: what their speeds differ by is no effect of it,
+but of the machine, and of where the weights lie in memory. Results are appended to the file of
+results where it exists, so that a long comparison can be cut up.
 """
 
 from __future__ import annotations
@@ -304,6 +307,7 @@ def main() -> int:
     parser.add_argument(
         "--equal", type=int, default=0, help="only compare tokens of so many prompts"
     )
+    parser.add_argument("--control", action="store_true", help="measure two engines without it")
     parser.add_argument("--quick", action="store_true", help="a trial whose figures mean nothing")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -314,7 +318,7 @@ def main() -> int:
     earlier = json.loads(report.path.read_text()) if report.path.exists() else {}
     runs, compared = list(earlier.get("runs", [])), list(earlier.get("equal", []))
     with_quantization = {"quantization": settings.quantization or settings.dtype}
-    sides = {name: Side(name, settings) for name in SIDES}
+    sides = {name: Side("plain" if options.control else name, settings) for name in SIDES}
     try:
         if options.equal:
             compared.append({**with_quantization, **equal(sides, options.equal, settings)})
@@ -324,7 +328,8 @@ def main() -> int:
             compare(sides, WARM_UP, batch, dataclasses.replace(settings, rounds=1))
             for name in settings.tasks:
                 found = compare(sides, name, batch, settings)
-                runs.append({**with_quantization, "threads": settings.threads, **found})
+                found = {"threads": settings.threads, "control": options.control, **found}
+                runs.append({**with_quantization, **found})
                 report.write(runs=runs, equal=compared)
     finally:
         for side in sides.values():
