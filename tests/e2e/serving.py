@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,9 @@ import psutil
 from sensorium.processes.start import end_with
 
 STARTED = re.compile(r"serving .* at (http://127\.0\.0\.1:\d+)")
+MORE_FLAGS = "SENSORIUM_TEST_SERVE_FLAGS"
+"""Variable with more flags of all servers, such as ``--data-parallel-size 2``: with it, tests for
+one server show that replicas answer as it does."""
 START_SECONDS = 120
 """After this a server that is not there yet is killed."""
 
@@ -55,7 +59,7 @@ class Server:
             [
                 *(sys.executable, "-u", "-m", "sensorium", "serve"),
                 *([] if model is None else [model]),
-                *("--port", "0", *flags),
+                *("--port", "0", *flags, *shlex.split(os.environ.get(MORE_FLAGS, ""))),
             ],
             stdout=subprocess.PIPE,
             stderr=self._file,

@@ -207,14 +207,16 @@ class ServingMetrics(ServerMetrics):
         """
         self._families.statistics.update((self._model_name, ENGINE), stats, up=up)
 
-    def update_replicas(self, replicas: Mapping[str, Statistics], *, up: bool = True) -> None:
+    def update_replicas(
+        self, replicas: Mapping[str, tuple[Statistics, bool]], *, up: bool = True
+    ) -> None:
         """Set the statistics of replicas, by the name that is their label ``engine``.
 
-        Those that were set before and are not among them are forgotten.
+        ``up``: the server takes requests; of each replica likewise. Those that were set before and are not among them are forgotten.
         """
         statistics = self._families.statistics
-        for name, stats in replicas.items():
-            statistics.update((self._model_name, name), stats, up=up)
+        for name, (stats, is_up) in replicas.items():
+            statistics.update((self._model_name, name), stats, up=up and is_up)
         statistics.keep([(self._model_name, name) for name in replicas], self._model_name)
 
     def _count_adapter(self, name: str) -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sensorium.core.request import EngineRequest
 from sensorium.engine.serving.client import OutputQueue
 from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.multimodal.items import MediaItem
+
+
+class ReplicaStats(NamedTuple):
+    """Counters of one replica, and True if its engine takes requests."""
+
+    stats: EngineStats
+    is_up: bool
 
 
 class EngineDoor(Protocol):
@@ -56,7 +63,7 @@ class Engines(Protocol):
         """
         ...
 
-    async def replica_stats(self) -> dict[str, EngineStats]:
+    async def replica_stats(self) -> dict[str, ReplicaStats]:
         """Return the counters of each replica by its name; nothing where there is one engine."""
         ...
 

@@ -26,7 +26,7 @@ from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import Prompt
 from sensorium.engine.serving.adapters import AdapterChanges
 from sensorium.engine.serving.client import OutputQueue
-from sensorium.engine.serving.engines import EngineDoor, Engines
+from sensorium.engine.serving.engines import EngineDoor, Engines, ReplicaStats
 from sensorium.engine.serving.process import EngineProcess
 from sensorium.engine.serving.stats_log import log_stats
 from sensorium.engine.serving.supervisor import EngineSupervisor
@@ -179,11 +179,13 @@ class Frontend:
             num_engine_restarts=self._engine.num_restarts,
         )
 
-    async def replica_stats(self) -> dict[str, EngineStats]:
+    async def replica_stats(self) -> dict[str, ReplicaStats]:
         """Return the counters of each replica by its name; nothing where there is one engine."""
         found = await self._engine.replica_stats()
-        for stats in list(found.values())[:1]:
-            stats.media = self.input_processor.media_stats()  # of this process, so only once
+        for replica in list(found.values())[:1]:
+            replica.stats.media = (
+                self.input_processor.media_stats()
+            )  # of this process, so only once
         return found
 
     async def generate(

@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable
 
 from sensorium.config import EngineConfig
 from sensorium.engine.serving.client import STOPPING, EngineClient, dead_error
+from sensorium.engine.serving.engines import ReplicaStats
 from sensorium.engine.serving.process import EngineProcess
-from sensorium.engine.stats import AdapterFacts, EngineFacts, EngineStats
+from sensorium.engine.stats import AdapterFacts, EngineFacts
 from sensorium.errors import ConfigError, EngineDeadError, SensoriumError
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class EngineSupervisor:
             raise self._gone()
         return client
 
-    async def replica_stats(self) -> dict[str, EngineStats]:
+    async def replica_stats(self) -> dict[str, ReplicaStats]:
         """Return nothing: this is one engine."""
         return {}
 

@@ -30,7 +30,7 @@ HEALTH_SECONDS = 5.0
 HEALTH_TIMEOUT = 60.0
 DRAIN_SPARE = 10.0
 """Seconds that a replica gets to end, beyond those for its requests."""
-LOOK_BACK_SECONDS = 5.0
+LOOK_BACK_SECONDS = 15.0
 UP_SECONDS, DOWN_SECONDS = 5.0, 120.0
 """Time over which loads are averaged, and for which more or fewer replicas must be wanted."""
 STARTS = 3
@@ -138,7 +138,6 @@ def _number(config: EngineConfig, server: ServerConfig) -> dict[str, Any]:
         max_replicas=most,
         initial_replicas=max(least, min(most, config.parallel.data_parallel_size)),
         policy=AutoscalingPolicy(policy_function="sensorium.ray.serving.scaling:scale"),
-        metrics_interval_s=STATS_SECONDS,
         look_back_period_s=LOOK_BACK_SECONDS,
         upscale_delay_s=UP_SECONDS,
         downscale_delay_s=DOWN_SECONDS,

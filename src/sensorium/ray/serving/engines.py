@@ -20,10 +20,11 @@ from sensorium.core.request import EngineRequest
 from sensorium.distributed.routing import RequestKey, request_key
 from sensorium.engine import wire
 from sensorium.engine.serving.client import STOPPING, OutputQueue, dead_error
+from sensorium.engine.serving.engines import ReplicaStats
 from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.multimodal.items import MediaItem
 from sensorium.ray.media.features import FeaturesOut
-from sensorium.ray.serving.fleet import Fleet, common_facts, fleet_of
+from sensorium.ray.serving.fleet import Fleet, ReplicaReport, common_facts, fleet_of
 from sensorium.ray.serving.messages import NOT_TAKEN, TAKEN, Clock, Ticket
 
 logger = logging.getLogger(__name__)
@@ -102,13 +103,13 @@ class RayEngines:
 
     async def stats(self) -> EngineStats:
         """Return the sums over the replicas of what each reported last."""
-        return summed(list((await self.replica_stats()).values()))
+        return summed([found.stats for found in (await self.replica_stats()).values()])
 
-    async def replica_stats(self) -> dict[str, EngineStats]:
+    async def replica_stats(self) -> dict[str, ReplicaStats]:
         """Return what each replica reported last, by its id."""
         reports = self._fleet().reports.items()
         return {
-            name: report.stats if report.up else report.stats.at_rest()
+            name: ReplicaStats(_stats_of(report), report.up)
             for name, report in reports
             if report is not None
         }
@@ -199,6 +200,11 @@ class RayEngines:
             assert isinstance(message, wire.Updates)
             for update in message.updates:
                 output_queue.put_nowait(dataclasses.replace(update, request_id=own_id))
+
+
+def _stats_of(report: ReplicaReport) -> EngineStats:
+    stats = report.stats if report.up else report.stats.at_rest()
+    return dataclasses.replace(stats, num_engine_restarts=report.num_restarts)
 
 
 def summed(all_stats: Sequence[EngineStats]) -> EngineStats:

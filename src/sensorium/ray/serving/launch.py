@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import re
 import secrets
@@ -11,6 +12,7 @@ import threading
 from typing import Any
 
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from sensorium import __version__, environment
 from sensorium.config import ServedConfig, ServerConfig
@@ -18,6 +20,7 @@ from sensorium.errors import ConfigError
 from sensorium.ray.serving.app import Resources, application, check
 from sensorium.ray.serving.cluster import connected, most_replicas
 from sensorium.ray.serving.engine import START_FAILED
+from sensorium.ray.serving.logs import show_logs
 from sensorium.server.adapters.checks import check_adapters
 from sensorium.server.launch import (
     StopSignals,
@@ -63,7 +66,12 @@ async def _serve(model: ServedConfig) -> None:
 
 
 async def _free_port(config: ServerConfig, signals: StopSignals) -> int | None:
-    """Return the port to listen on, which was free a moment ago. Raises ConfigError."""
+    """Return the port to listen on, which was free a moment ago; None when a signal comes first.
+
+    On a cluster that there is, Ray Serve may listen on it already. Raises ConfigError.
+    """
+    if config.ray_address is not None and config.port:
+        return config.port
     listener = await bound_listener(config, signals)
     if listener is None:
         return None
@@ -92,15 +100,17 @@ class _Run:
         self.stop = threading.Event()
         self.hurry = threading.Event()
         self._model = model
-        self._port = port
+        self._host, self._port = model.server.host, port
         self._name = model.server.ray_application
         self._owner = secrets.token_hex(8)
+        self._is_ours = True
 
     def run(self) -> None:
         """Start, serve until ``stop``, and end. Raises ConfigError."""
         with connected(self._model) as resources:
             if self.stop.is_set():
                 return
+            show_logs()
             try:
                 if self._start(resources):
                     self._announce()
@@ -124,6 +134,7 @@ class _Run:
             },
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
+        self._find_address()
         logger.info("starting %d replicas", most_replicas(self._model))
         app = application(self._model, resources, self._owner)
         target = serve.RunTarget(app, name=self._name, route_prefix=server.root_path or "/")
@@ -136,8 +147,16 @@ class _Run:
                 raise _failure(found)
         return False
 
+    def _find_address(self) -> None:
+        """Take over host and port of Ray Serve where that runs already on the cluster."""
+        found = _get_global_client().http_config
+        wanted = self._host, self._port
+        self._host, self._port = found.host, found.port
+        if wanted != (found.host, found.port) and self._model.server.port:
+            logger.warning("Ray Serve listens on %s:%d already", found.host, found.port)
+
     def _announce(self) -> None:
-        server = self._model.server
+        server = dataclasses.replace(self._model.server, host=self._host)
         log_access(server)
         scheme = "https" if server.ssl_certfile else "http"
         host = f"[{server.host}]" if ":" in server.host else server.host
@@ -148,7 +167,9 @@ class _Run:
     def _drain(self) -> None:
         """Refuse new requests and wait for running ones, unless another start has taken over."""
         handle = serve.get_app_handle(self._name)
-        if handle.owner.remote().result(timeout_s=10) != self._owner:
+        self._is_ours = handle.owner.remote().result(timeout_s=10) == self._owner
+        if not self._is_ours:
+            logger.info("another start has taken over the application %r: it goes on", self._name)
             return
         logger.info("finishing running requests; a second signal stops at once")
         drained = handle.broadcast("drain")
@@ -162,7 +183,7 @@ class _Run:
         with contextlib.suppress(Exception):
             if self._model.server.ray_address is None:
                 serve.shutdown()
-            else:
+            elif self._is_ours:
                 serve.delete(self._name)
 
 

@@ -31,6 +31,7 @@ from sensorium.text.detokenizer import TokenSpelling
 from sensorium.text.tools.forms import AnswerForms
 
 if TYPE_CHECKING:
+    from sensorium.engine.serving.engines import ReplicaStats
     from sensorium.engine.serving.frontend import Frontend
 
 logger = logging.getLogger("sensorium.server")
@@ -270,7 +271,7 @@ class ServedModel:
             self._stats = await self._context.frontend.stats()
         return self._stats
 
-    async def replica_stats(self) -> dict[str, EngineStats]:
+    async def replica_stats(self) -> dict[str, ReplicaStats]:
         """Return the counters of each replica by its name; nothing where there is one engine."""
         return {} if self._context is None else await self._context.frontend.replica_stats()
 

@@ -1,0 +1,195 @@
+"""Replicas of the demo behind Ray Serve: the same answers, and what a replica's death does."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx2 as httpx
+import openai
+import psutil
+import pytest
+
+from tests.clients.environments import EXAMPLES
+from tests.e2e.serving import Server
+from tests.reliability.media import picture_url
+
+pytestmark = pytest.mark.slow
+
+FLAGS = ("--data-parallel-size", "2", "--num-kv-blocks", "512", "--disable-log-stats")
+CLIENTS = 64
+OK = "ok"
+
+
+@pytest.fixture(scope="module")
+def server(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two replicas on the cluster of all tests here."""
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    started = Server("demo", log, (*FLAGS, "--ray-address", ray_address))
+    yield started
+    assert started.stop(signal.SIGINT) == 0, log.read_text()
+
+
+def metrics(url: str, name: str) -> dict[str, float]:
+    """Values of a metric by its label ``engine``."""
+    text = httpx.get(f"{url}/metrics").text
+    found = re.findall(rf'^sensorium:{name}{{engine="(\w+)".*}} (\S+)$', text, re.MULTILINE)
+    return {engine: float(value) for engine, value in found}
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.1)
+
+
+def engine_replicas() -> Iterator[psutil.Process]:
+    """Processes of the replicas of engines on the cluster, which this process has started."""
+    for process in psutil.Process().children(recursive=True):
+        if any("ServeReplica:sensorium:Engine" in part for part in process.cmdline()):
+            yield process
+
+
+async def streamed(session: aiohttp.ClientSession, url: str, prompt: str, num: int) -> str:
+    """Stream a completion of so many tokens; return "ok" or what went wrong."""
+    body = {"model": "demo", "prompt": prompt, "max_tokens": num, "stream": True}
+    body["ignore_eos"] = True
+    async with session.post(f"{url}/v1/completions", json=body) as answer:
+        if answer.status != 200:
+            return str(json.loads(await answer.text())["error"]["code"])
+        last = ""
+        async for line in answer.content:
+            text = line.decode().strip().removeprefix("data: ")
+            if '"error"' in text:
+                return str(json.loads(text)["error"]["code"])
+            last = text or last
+        return OK if last == "[DONE]" else "cut off"
+
+
+async def load(url: str, ended: asyncio.Event) -> list[tuple[float, str]]:
+    """Stream to many clients until ``ended``; return begin and outcome of each request."""
+    outcomes: list[tuple[float, str]] = []
+
+    async def client(number: int, session: aiohttp.ClientSession) -> None:
+        turn = 0
+        while not ended.is_set():
+            began = time.monotonic()
+            outcome = await streamed(session, url, f"Client {number}, turn {turn}", 24)
+            outcomes.append((began, outcome))
+            turn += 1
+
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        await asyncio.gather(*(client(number, session) for number in range(CLIENTS)))
+    return outcomes
+
+
+def test_a_chat_streams_and_a_picture_is_seen_once(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    parts = [
+        {"type": "image_url", "image_url": {"url": picture_url()}, "uuid": "picture"},
+        {"type": "text", "text": "What is this?"},
+    ]
+    asked = {"model": "demo", "messages": [{"role": "user", "content": parts}], "temperature": 0}
+    whole = client.chat.completions.create(**asked, max_tokens=12, n=2)
+    with client.chat.completions.create(**asked, max_tokens=12, stream=True) as stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert [choice.message.content for choice in whole.choices] == [text, text]
+    again = [{"type": "image_url", "image_url": None, "uuid": "picture"}, parts[1]]
+    asked["messages"] = [{"role": "user", "content": again}]
+    assert client.chat.completions.create(**asked, max_tokens=12).choices[0].message.content == text
+    wait_for(lambda: sum(metrics(server.url, "num_requests_running").values()) == 0)
+    assert len(metrics(server.url, "engine_up")) == 2
+    queries, hits = "mm_encoder_cache_queries_total", "mm_encoder_cache_hits_total"
+    wait_for(lambda: sum(metrics(server.url, queries).values()) >= 4)
+    assert sum(metrics(server.url, hits).values()) >= 2
+
+
+def test_errors_are_those_of_one_server(server: Server) -> None:
+    url = f"{server.url}/v1/chat/completions"
+    message = {"role": "user", "content": "a " * 9000}
+    answer = httpx.post(url, json={"model": "demo", "messages": [message]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert httpx.post(url, json={"model": "other", "messages": [message]}).status_code == 404
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert "X-Request-Id" in answer.headers
+    assert "," not in answer.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize("program", ["responses.py", "anthropic_messages.py"])
+def test_programs_of_others_run(server: Server, program: str, tmp_path: Path) -> None:
+    draw = [sys.executable, "scripts/demo_media.py", "--seed", "7", "--folder", tmp_path]
+    subprocess.run(draw, cwd=EXAMPLES.parents[1], check=True, capture_output=True)
+    command = [sys.executable, str(EXAMPLES / program), str(tmp_path / "shapes.png"), server.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "green triangle" in done.stdout.lower()
+
+
+async def test_clients_that_leave_free_their_work(server: Server) -> None:
+    body = {"model": "demo", "prompt": "a", "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    url = f"{server.url}/v1/completions"
+    async with aiohttp.ClientSession() as session, session.post(url, json=body) as answer:
+        await answer.content.readline()
+    running = "num_requests_running"
+    await asyncio.to_thread(wait_for, lambda: not any(metrics(server.url, running).values()))
+
+
+async def test_a_replica_that_dies_fails_what_ran_on_it_and_nothing_else(server: Server) -> None:
+    ended = asyncio.Event()
+    loading = asyncio.create_task(load(server.url, ended))
+    await asyncio.sleep(2)
+    before = set(metrics(server.url, "engine_up"))
+    next(engine_replicas()).kill()
+    killed = time.monotonic()
+    await asyncio.sleep(3)
+    ended.set()
+    outcomes = await loading
+    later = [outcome for began, outcome in outcomes if began > killed]
+    assert later
+    assert set(later) == {OK}
+    failed = collections.Counter(outcome for _, outcome in outcomes if outcome != OK)
+    assert set(failed) <= {"engine_unavailable"}, failed
+    assert failed.total() <= CLIENTS
+
+    def is_whole() -> bool:
+        up = metrics(server.url, "engine_up")
+        return len(up) == 2 and set(up) != before and all(up.values())
+
+    await asyncio.to_thread(wait_for, is_whole)
+
+
+async def test_an_update_in_place_fails_no_request(
+    server: Server, ray_address: str, tmp_path: Path
+) -> None:
+    ended = asyncio.Event()
+    loading = asyncio.create_task(load(server.url, ended))
+    flags = (*FLAGS, "--ray-address", ray_address, "--max-num-seqs", "32")
+    before = set(metrics(server.url, "engine_up"))
+    second = await asyncio.to_thread(Server, "demo", tmp_path / "log.txt", flags)
+    ended.set()
+    outcomes = collections.Counter(outcome for _, outcome in await loading)
+    assert second.url == server.url
+    assert set(outcomes) == {OK}, outcomes
+
+    def is_new() -> bool:
+        up = metrics(server.url, "engine_up")
+        return len(up) == 2 and not set(up) & before
+
+    await asyncio.to_thread(wait_for, is_new)
+    assert server.stop(signal.SIGINT) == 0
+    assert httpx.get(f"{second.url}/health").status_code == 200, "the first start let it be"
+    assert second.stop(signal.SIGINT) == 0
