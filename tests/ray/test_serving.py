@@ -20,7 +20,6 @@ import openai
 import psutil
 import pytest
 
-from tests.clients.environments import EXAMPLES
 from tests.e2e.serving import Server
 from tests.reliability.media import picture_url
 
@@ -28,6 +27,7 @@ pytestmark = pytest.mark.slow
 
 FLAGS = ("--data-parallel-size", "2", "--num-kv-blocks", "512", "--disable-log-stats")
 CLIENTS = 64
+ROOT = Path(__file__).parents[2]
 OK = "ok"
 
 
@@ -132,8 +132,13 @@ def test_errors_are_those_of_one_server(server: Server) -> None:
 @pytest.mark.parametrize("program", ["responses.py", "anthropic_messages.py"])
 def test_programs_of_others_run(server: Server, program: str, tmp_path: Path) -> None:
     draw = [sys.executable, "scripts/demo_media.py", "--seed", "7", "--folder", tmp_path]
-    subprocess.run(draw, cwd=EXAMPLES.parents[1], check=True, capture_output=True)
-    command = [sys.executable, str(EXAMPLES / program), str(tmp_path / "shapes.png"), server.url]
+    subprocess.run(draw, cwd=ROOT, check=True, capture_output=True)
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "clients" / program),
+        str(tmp_path / "shapes.png"),
+        server.url,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "green triangle" in done.stdout.lower()

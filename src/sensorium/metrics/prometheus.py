@@ -212,7 +212,8 @@ class ServingMetrics(ServerMetrics):
     ) -> None:
         """Set the statistics of replicas, by the name that is their label ``engine``.
 
-        ``up``: the server takes requests; of each replica likewise. Those that were set before and are not among them are forgotten.
+        ``up``: the server takes requests; of each replica likewise. Those that were set before and
+        are not among them are forgotten.
         """
         statistics = self._families.statistics
         for name, (stats, is_up) in replicas.items():

@@ -183,9 +183,8 @@ class Frontend:
         """Return the counters of each replica by its name; nothing where there is one engine."""
         found = await self._engine.replica_stats()
         for replica in list(found.values())[:1]:
-            replica.stats.media = (
-                self.input_processor.media_stats()
-            )  # of this process, so only once
+            # Of this process, so only once.
+            replica.stats.media = self.input_processor.media_stats()
         return found
 
     async def generate(
