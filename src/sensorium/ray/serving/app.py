@@ -52,7 +52,7 @@ def build_app(options: dict[str, Any]) -> Application:
 
     ``options``: those of ``sensorium serve`` by their keywords, such as ``model`` and
     ``data_parallel_size``, and ``engine_cpus``, ``engine_gpus``, ``server_cpus`` and ``per_node``.
-    Raises ConfigError.
+    API keys of the environment are added. Raises ConfigError.
     """
     given = dict(options)
     resources = Resources(
@@ -63,6 +63,9 @@ def build_app(options: dict[str, Any]) -> Application:
     for name, value in of_server.items():
         if isinstance(value, list):
             of_server[name] = tuple(value)
+    keys = of_server.get("api_key") or ()
+    keys = (keys,) if isinstance(keys, str) else keys
+    of_server["api_key"] = (*keys, *environment.api_keys_of_environment())
     config = ServedConfig(engine=engine_config(**given), server=ServerConfig(**of_server))
     return application(config, resources)
 

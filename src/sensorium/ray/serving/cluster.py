@@ -37,7 +37,7 @@ def connected(config: ServedConfig) -> Iterator[Resources]:
     usable = cores.find().num_usable
     if most > usable:
         logger.warning("%d replicas share %d processors", most, usable)
-    each = max(1, usable // most)
+    each = max(config.engine.parallel.tensor_parallel_size, usable // most)
     num_cpus = each * most + config.server.api_server_count
     logger.info("starting Ray on this machine")
     with ray_cluster(num_cpus=num_cpus, namespace=NAMESPACE, show_logs=True):
@@ -57,14 +57,16 @@ def _found_resources(config: ServedConfig) -> Resources:
     span = config.server.replica_range
     least = span[0] if span is not None else config.engine.parallel.data_parallel_size
     gpus = _gpus(config)
-    if gpus > 0 and found.get("GPU", 0) < least:
+    if found.get("GPU", 0) < least * gpus:
         raise ConfigError(
-            f"The Ray cluster has {found.get('GPU', 0):g} GPUs, fewer than the {least} replicas.",
+            f"The Ray cluster has {found.get('GPU', 0):g} GPUs, fewer than the {least * gpus:g} "
+            f"that {least} replicas need.",
             param="data_parallel_size",
         )
     per_node = 1 if gpus else max(1, math.ceil(least / max(1, len(nodes))))
     spare = config.server.api_server_count
-    each = max(1, int((min(nodes, default=0) - spare) // per_node)) if nodes else 1
+    ranks = config.engine.parallel.tensor_parallel_size
+    each = max(ranks, int((min(nodes, default=0) - spare) // per_node))
     need, there = least * each + spare, found.get("CPU", 0)
     if need > there:
         raise ConfigError(
@@ -76,6 +78,7 @@ def _found_resources(config: ServedConfig) -> Resources:
 
 
 def _gpus(config: ServedConfig) -> float:
+    """Return the GPUs of a replica: one for each of its ranks, where the cluster has some."""
     if config.engine.model.device == "cpu" or not ray.cluster_resources().get("GPU", 0):
         return 0
-    return 1
+    return config.engine.parallel.tensor_parallel_size

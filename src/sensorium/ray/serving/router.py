@@ -19,7 +19,10 @@ class EngineRouter(RequestRouter):
     """
 
     def initialize_state(self, num_routers: int = 1, **_: Any) -> None:
-        """Make the state; Ray Serve calls this once, before anything else."""
+        """Make the state; Ray Serve calls this once, before anything else.
+
+        ``num_routers``: processes that have a router of their own.
+        """
         self._router = Router(num_routers=num_routers)
         self._open: dict[str, tuple[str, RequestKey]] = {}
         """By Ray Serve's id of a request that has not ended: its replica and its key."""
