@@ -33,6 +33,8 @@ DRAIN_SPARE = 10.0
 LOOK_BACK_SECONDS = 15.0
 UP_SECONDS, DOWN_SECONDS = 5.0, 120.0
 """Time over which loads are averaged, and for which more or fewer replicas must be wanted."""
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+"""For Ray Serve's own log: ours has each request already."""
 STARTS = 3
 """Attempts to start a replica before a deployment counts as failed."""
 
@@ -85,6 +87,7 @@ def application(config: ServedConfig, resources: Resources, owner: str = "") -> 
         health_check_period_s=HEALTH_SECONDS,
         health_check_timeout_s=HEALTH_TIMEOUT,
         max_constructor_retry_count=STARTS,
+        logging_config=QUIET,
         ray_actor_options={"num_cpus": resources.server_cpus},
     )
     served = ServedConfig(engine=config.engine, server=server)
@@ -113,6 +116,7 @@ def _engines(config: EngineConfig, server: ServerConfig, resources: Resources) -
         health_check_period_s=HEALTH_SECONDS,
         health_check_timeout_s=HEALTH_TIMEOUT,
         max_constructor_retry_count=STARTS,
+        logging_config=QUIET,
         ray_actor_options={
             "num_cpus": resources.engine_cpus,
             "num_gpus": resources.engine_gpus,

@@ -17,7 +17,7 @@ from ray.serve.context import _get_global_client
 from sensorium import __version__, environment
 from sensorium.config import ServedConfig, ServerConfig
 from sensorium.errors import ConfigError
-from sensorium.ray.serving.app import Resources, application, check
+from sensorium.ray.serving.app import QUIET, Resources, application, check
 from sensorium.ray.serving.cluster import connected, most_replicas
 from sensorium.ray.serving.engine import START_FAILED
 from sensorium.ray.serving.logs import show_logs
@@ -132,7 +132,7 @@ class _Run:
                 "ssl_certfile": server.ssl_certfile,
                 "ssl_keyfile": server.ssl_keyfile,
             },
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            logging_config=QUIET,
         )
         self._find_address()
         logger.info("starting %d replicas", most_replicas(self._model))
