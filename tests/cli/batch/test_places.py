@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from sensorium.cli.batch.places import Wishes, lines_of, local_output
+from sensorium.cli.commands.batch import allow_folder, models_of
+from sensorium.cli.main import build_parser
 from sensorium.errors import ConfigError
 
 
@@ -50,6 +52,20 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert base64.b64decode(url.partition(",")[2]) == png()
     with pytest.raises(ConfigError, match="--prompt"):
         lines(str(tmp_path))
+
+
+def test_the_folder_may_be_read(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    given = ["batch", str(tmp_path / "in"), "-o", "out.jsonl", "--model", "demo"]
+    arguments = build_parser().parse_args(given)
+    arguments.listed_models = None
+    allow_folder(arguments)
+    [model] = models_of(arguments)
+    assert model.engine.media.allowed_local_media_path == str(tmp_path / "in")
+    arguments = build_parser().parse_args([*given, "--allowed-local-media-path", str(tmp_path)])
+    arguments.listed_models = None
+    allow_folder(arguments)
+    assert models_of(arguments)[0].engine.media.allowed_local_media_path == str(tmp_path)
 
 
 def test_tables(tmp_path: Path) -> None:

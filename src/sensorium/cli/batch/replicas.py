@@ -49,6 +49,8 @@ def run_on_ray(job: Job, model: ServedConfig, cluster: Cluster) -> int:
     Raises ConfigError and UnavailableError.
     """
     require_ray()
+    if cluster.address is None:
+        _check_model(model)
     with job.source.open("rb") as file:
         run = Run(job, file)
         with run.journal() as journal:
@@ -62,6 +64,20 @@ def run_on_ray(job: Job, model: ServedConfig, cluster: Cluster) -> int:
             if job.in_order:
                 journal.sort()
             return SOME_FAILED if journal.num_failed else 0
+
+
+def _check_model(model: ServedConfig) -> None:
+    """Raise ConfigError for a model that is not there, before a cluster is started for it."""
+    from sensorium.models import loader
+
+    options = model.engine.model
+    loader.read_config(
+        options.model,
+        mmproj=options.mmproj,
+        revision=options.revision,
+        hf_overrides=options.hf_overrides,
+        download_dir=options.download_dir,
+    )
 
 
 def _run_lines(run: Run, journal: Journal, model: ServedConfig, cluster: Cluster) -> None:

@@ -203,10 +203,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer all lines; return the exit status."""
     forgo_pools()
     _check(arguments)
-    if places.is_folder(arguments.input) and not arguments.base_url:
-        for model in arguments.listed_models or [arguments]:
-            if not model.allowed_local_media_path:
-                model.allowed_local_media_path = str(places.local_path(arguments.input).absolute())
+    allow_folder(arguments)
     given = places.Wishes(arguments.prompt, arguments.body, bool(arguments.base_url))
     with (
         places.lines_of(arguments.input, given) as source,
@@ -216,6 +213,15 @@ def run(arguments: argparse.Namespace) -> int:
         ) as errors,
     ):
         return _run(arguments, Files(source, output, errors))
+
+
+def allow_folder(arguments: argparse.Namespace) -> None:
+    """Open the folder of the input, if it is one, for the engines, unless flags name another."""
+    if not places.is_folder(arguments.input) or arguments.base_url:
+        return
+    for model in arguments.listed_models or [arguments]:
+        if not getattr(model, "allowed_local_media_path", None):
+            model.allowed_local_media_path = str(places.local_path(arguments.input).absolute())
 
 
 def _run(arguments: argparse.Namespace, files: Files) -> int:

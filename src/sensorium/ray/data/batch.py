@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,13 +84,14 @@ def outcomes(
         UnavailableError: The cluster failed.
     """
     quiet()
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)  # what it raises is reported here
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     rows = ray.data.read_datasource(
         LinesDatasource(path, parts, most_bytes),
         override_num_blocks=len(parts),
-        concurrency=READ_AT_ONCE,
+        concurrency=min(READ_AT_ONCE, len(parts)),
     )
     preparing, answering = replicas.pools
     prepare = functools.partial(LinePreparation, model)

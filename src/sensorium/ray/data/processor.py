@@ -19,6 +19,13 @@ from sensorium.ray.data.stages import COLUMN, Pool, Row, gpus_of, through_stages
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+_LOST = {
+    "error": {
+        "message": "The process that ran this row was lost again and again.",
+        "code": "engine_unavailable",
+        "param": None,
+    }
+}
 Change = Callable[[dict[str, Any]], Mapping[str, Any]]
 """A function of a row that returns another row."""
 
@@ -152,5 +159,5 @@ def _plain(value: Any) -> Any:
 def _unpacked(row: Mapping[str, bytes], change: Change | None) -> dict[str, Any]:
     """Return the row of the result."""
     packed: Row = pickle.loads(row[COLUMN])
-    columns = {**packed.given, **packed.result}
+    columns = {**packed.given, **(packed.result or _LOST)}
     return columns if change is None else dict(change(columns))

@@ -7,11 +7,14 @@ import contextlib
 import math
 import os
 import pickle
+import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sensorium.config import EngineConfig
+from sensorium.errors import ConfigError
 from sensorium.models.needs import NVIDIA
 from sensorium.multimodal.shared_memory import MEMORY_FOLDER, place_below
 from sensorium.multimodal.workers.event_loop import LoopThread
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 COLUMN = "row"
+MOST_ATTEMPTS = 4
+"""Times that a row is run at most while its process is lost each time."""
 _THREADS = "OMP_NUM_THREADS"
 _CALLS_AT_ONCE = 8
 """Batches into which the rows of an engine are divided, so that one slow row holds up few."""
@@ -38,12 +43,16 @@ class Row:
         given: What belongs to it and is only passed on.
         prompts: Its prompts, once they are prepared.
         result: What has become of it; None if nothing yet.
+        key: Name of the row.
+        is_lost: Its process was lost again and again; it is not run any more.
     """
 
     work: Any
     given: Any = None
     prompts: Prompts = field(default_factory=Prompts)
     result: Any = None
+    key: str = field(default_factory=lambda: secrets.token_hex(8))
+    is_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +95,34 @@ def rows_of(table: pyarrow.Table) -> list[Row]:
     return [pickle.loads(cell.as_buffer()) for cell in table.column(COLUMN)]
 
 
+class Attempts:
+    """Actor that counts how often rows were begun and not ended, as their process was lost.
+
+    Ray runs them again without a limit; a row that ends its process each time must not do so
+    forever.
+    """
+
+    def __init__(self) -> None:
+        self._begun: Counter[str] = Counter()
+
+    def begin(self, keys: Sequence[str]) -> list[int]:
+        """Count an attempt of each row; return how many there have been."""
+        self._begun.update(keys)
+        return [self._begun[key] for key in keys]
+
+    def end(self, keys: Sequence[str]) -> None:
+        """Forget rows that are done."""
+        for key in keys:
+            self._begun.pop(key, None)
+
+
 class Preparation:
     """First stage in an actor. Rows that have a result pass."""
 
     keeps_prompts = True
 
-    def __init__(self, make: Callable[[], Stage], threads: str | None) -> None:
+    def __init__(self, make: Callable[[], Stage], attempts: Any, threads: str | None) -> None:
+        self._attempts = attempts
         # Ray sets it to the number of reserved CPUs; the driver's counts, or none.
         os.environ.pop(_THREADS, None)
         if threads is not None:
@@ -101,12 +132,25 @@ class Preparation:
         place_below(self._folder.path)
         self._loop = LoopThread("stage")
         self._stage = make()
-        self._loop.submit(self._stage.start()).result()
+        self._error: ConfigError | None = None
+        try:
+            self._loop.submit(self._stage.start()).result()
+        except ConfigError as error:  # Ray would begin and report a long story of it
+            self._error = error
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
         """Run the rows of a batch at the same time."""
+        import ray
+
+        if self._error is not None:
+            raise self._error
         rows = rows_of(batch)
-        self._loop.submit(self._run_all(rows)).result()
+        open_rows = [row for row in rows if row.result is None and not row.is_lost]
+        keys = [row.key for row in open_rows]
+        for row, number in zip(open_rows, ray.get(self._attempts.begin.remote(keys)), strict=True):
+            row.is_lost = number > MOST_ATTEMPTS
+        self._loop.submit(self._run_all(open_rows)).result()
+        self._attempts.end.remote(keys)
         return table_of(rows)
 
     def __del__(self) -> None:
@@ -116,7 +160,7 @@ class Preparation:
             self._folder.close()
 
     async def _run_all(self, rows: Sequence[Row]) -> None:
-        await asyncio.gather(*(self._run(row) for row in rows if row.result is None))
+        await asyncio.gather(*(self._run(row) for row in rows if not row.is_lost))
 
     async def _run(self, row: Row) -> None:
         row.result = await self._stage.run(row.work, row.prompts)
@@ -151,12 +195,15 @@ def through_stages(
     answering: Pool,
 ) -> Dataset:
     """Return rows with results, or without one where an engine was away for too long."""
+    import ray
+
     threads = os.environ.get(_THREADS)
+    attempts = ray.remote(num_cpus=0)(Attempts).remote()
     for stage, make, pool in (
         (Preparation, prepare, preparing),
         (Answering, answer, answering),
     ):
-        rows = _mapped(rows, stage, (make, threads), pool)
+        rows = _mapped(rows, stage, (make, attempts, threads), pool)
     return rows
 
 
