@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
 # CPU:  docker build --tag sensorium .
 # GPU:  docker build --tag sensorium:cuda --build-arg ACCELERATOR=cuda .
+# Ray:  docker build --tag sensorium:ray --build-arg EXTRAS=heif,ray .
 #
 #   docker run --init --publish 8000:8000 --volume sensorium-cache:/cache --env SENSORIUM_API_KEY=... sensorium MODEL
 #
@@ -12,6 +13,8 @@ FROM python:${PYTHON_VERSION}-slim AS build
 ARG ACCELERATOR=cpu
 # Where the CPU builds of torch are; the builds on PyPI have CUDA.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Optional parts of the package; ray is for replicas of a model.
+ARG EXTRAS=heif
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 RUN python -m venv /opt/sensorium
 ENV PATH=/opt/sensorium/bin:$PATH
@@ -24,7 +27,7 @@ RUN case $ACCELERATOR in \
         *) echo "ACCELERATOR must be cpu or cuda, not $ACCELERATOR" >&2; exit 1 ;; \
     esac
 COPY src src
-RUN pip install --no-cache-dir --constraint constraints.txt '.[heif]'
+RUN pip install --no-cache-dir --constraint constraints.txt ".[$EXTRAS]"
 
 # No compiler: CPU kernels are compiled by the LLVM in llvmlite, and kept in /cache.
 FROM python:${PYTHON_VERSION}-slim
