@@ -14,7 +14,7 @@ import torch
 
 from sensorium.core.plan import EncodeJob, EncodeReport, NewSequence, StepPlan
 from sensorium.core.request import EngineRequest, ItemSpan
-from sensorium.multimodal.items import Features
+from sensorium.multimodal.items import EMBEDS_DTYPE, Features
 from sensorium.params import SamplingParams
 from sensorium.runtime.encoder import EncoderCache, FeatureStore
 from sensorium.runtime.runner import NO_ADAPTER, ModelRunner
@@ -101,6 +101,25 @@ def test_embeddings_that_cannot_be_read_fail_alone() -> None:
     jobs = [EncodeJob(digest(i), 0, i, 2) for i in range(3)]
     assert cache.encode(jobs, {0: slot_of(3)}) == (digest(0), digest(2)), "the third was never put"
     assert len(cache) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_embeddings_of_another_engine_have_the_same_bits(dtype: torch.dtype) -> None:
+    """They come as bits, since numpy has no bfloat16."""
+    model, store = FakeModel(), FeatureStore()
+    model.dtype = dtype
+    made = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(0)).to(dtype)
+    meta = {EMBEDS_DTYPE: str(dtype).removeprefix("torch.")}
+    given = Features("image", {"embeds": made.view(torch.uint8).numpy()}, 2, meta, precomputed=True)
+    store.put("r", (given,))
+    cache = EncoderCache(model, store)  # type: ignore[arg-type]
+    assert cache.encode([EncodeJob(digest(0), 0, 0, 2)], {0: slot_of(1)}) == ()
+    kept = cache.get(digest(0))
+    assert kept is not None
+    assert kept.dtype == dtype
+    assert torch.equal(kept, made)
+    assert cache.get(b"never there") is None
+    assert model.batches == []
 
 
 def test_any_cut_of_the_prompt_gets_the_same_embeddings() -> None:

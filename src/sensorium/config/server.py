@@ -173,6 +173,13 @@ class ServerConfig:
         "Least and most replicas, such as 1:8, in place of --data-parallel-size: their number "
         "follows the waiting sequences and the use of KV caches.",
     )
+    shared_embeddings_gb: float = option(
+        0.25,
+        "Memory in GiB of Ray's object store for embeddings of media that replicas share: what one "
+        "has encoded, no other encodes again. 0: each encodes for itself.",
+        ge=0.0,
+        le=float(1 << 20),
+    )
     api_server_count: int = option(
         1,
         "Number of processes that answer HTTP requests in front of the replicas. With several, "

@@ -12,6 +12,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
+import torch
+
 from sensorium.core.plan import StepPlan, StepResult
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.core.scheduler import Scheduler
@@ -28,6 +31,9 @@ from sensorium.text.grammar.grammar import Budget, GrammarMatcher
 MATCHER_SECONDS = 0.005
 """Most time that a step waits for a grammar matcher when it has nothing to compute."""
 
+LARGEST_COPY = 64 << 20
+"""Most bytes of an item's embeddings that are given away: copying them holds steps up."""
+
 
 class Runner(Protocol):
     """Interface of a model runner."""
@@ -38,6 +44,10 @@ class Runner(Protocol):
 
     def reset(self) -> None:
         """Drop all sequences and encoder outputs."""
+        ...
+
+    def encoded(self, digest: bytes) -> torch.Tensor | None:
+        """Return the encoder output (num_embeds, H) of an item; None where it is not kept."""
         ...
 
 
@@ -188,6 +198,16 @@ class Engine:
         """Forget an adapter that no request uses. Raises ConfigError for an unknown name."""
         self._adapters.unload(name)
         self.facts = dataclasses.replace(self.facts, adapters=self._adapters.facts)
+
+    def embeddings(self, digest: bytes) -> tuple[np.ndarray | None, str]:
+        """Return the bits of an item's encoder output, uint8 (num_embeds, bytes), and its dtype.
+
+        None in place of those that are not kept any more, or are larger than ``LARGEST_COPY``.
+        """
+        found = self._runner.encoded(digest)
+        if found is None or found.nbytes > LARGEST_COPY:
+            return None, ""
+        return found.cpu().view(torch.uint8).numpy(), str(found.dtype).removeprefix("torch.")
 
     def check_integrity(self) -> None:
         """Raise AssertionError when bookkeeping contradicts itself; cheap when idle."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 
 from sensorium.config import EngineConfig
 from sensorium.core.request import EngineRequest, SequenceUpdate
@@ -28,6 +29,13 @@ class AskStats(msgspec.Struct, tag=True):
     """Message to the engine: send ``Stats`` with this number."""
 
     number: int
+
+
+class AskEmbeddings(msgspec.Struct, tag=True):
+    """Message to the engine: send ``Embeddings`` of an item, with this number."""
+
+    number: int
+    digest: bytes
 
 
 class LoadAdapter(msgspec.Struct, tag=True):
@@ -95,6 +103,17 @@ class Stats(msgspec.Struct, tag=True):
     stats: EngineStats
 
 
+class Embeddings(msgspec.Struct, tag=True):
+    """Message from the engine: the answer to ``AskEmbeddings``; None where it has none any more.
+
+    ``bits``: uint8 (num_embeds, bytes of one), of numbers in ``dtype``.
+    """
+
+    number: int
+    bits: np.ndarray | None = None
+    dtype: str = ""
+
+
 class Adapters(msgspec.Struct, tag=True):
     """Message from the engine: its adapters now, and the error of what was asked, if any."""
 
@@ -103,8 +122,10 @@ class Adapters(msgspec.Struct, tag=True):
     failed: Failed | None = None
 
 
-ToEngine = Configure | Submit | Abort | AskStats | LoadAdapter | UnloadAdapter | Stop
-FromEngine = Ready | Failed | Refused | Updates | Stats | Adapters
+ToEngine = (
+    Configure | Submit | Abort | AskStats | AskEmbeddings | LoadAdapter | UnloadAdapter | Stop
+)
+FromEngine = Ready | Failed | Refused | Updates | Stats | Embeddings | Adapters
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=encode_other)

@@ -20,6 +20,10 @@ FetchKind = Literal["image", "video", "audio", "document"]
 
 SourceKind = Literal["url", "bytes", "page", "object", "embeds", "cached"]
 
+EMBEDS_DTYPE = "embeds_dtype"
+"""Key of ``Features.meta``: dtype of embeddings that an encoder made, whose bits are in
+``arrays["embeds"]``, uint8 (num_embeds, bytes of one)."""
+
 FRAMES = "frames"
 """Key of a video's ``Features.meta``: ``indices`` in the source of the frames that the model sees,
 the source's ``fps`` and ``num_source_frames``."""
@@ -211,7 +215,8 @@ class Features:
             first operation, so that little memory moves.
         num_embeds: Number of embeddings that the encoder will make of them.
         meta: Small plain values, such as grid sizes and the original size.
-        precomputed: ``arrays["embeds"]`` holds the embeddings (num_embeds, hidden), float32.
+        precomputed: ``arrays["embeds"]`` holds the embeddings (num_embeds, hidden), float32, or
+            their bits with ``EMBEDS_DTYPE``.
     """
 
     modality: Modality

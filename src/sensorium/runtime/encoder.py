@@ -11,7 +11,7 @@ import torch
 from sensorium.core.plan import NOTHING_ENCODED, EncodeJob, EncodeReport
 from sensorium.errors import EngineDeadError
 from sensorium.models.interface import Model
-from sensorium.multimodal.items import Features
+from sensorium.multimodal.items import EMBEDS_DTYPE, Features
 from sensorium.runtime.adapters import NO_LANE, AdapterSet
 from sensorium.runtime.slots import Slot
 from sensorium.runtime.soundness import INFINITE, finite_parts
@@ -70,6 +70,10 @@ class EncoderCache:
 
     def __len__(self) -> int:
         return len(self._embeddings)
+
+    def get(self, digest: bytes) -> torch.Tensor | None:
+        """Return the encoder output with this digest, None where it is not kept."""
+        return self._embeddings.get(digest)
 
     def evict(self, digests: Sequence[bytes]) -> None:
         """Drop the encoder outputs with these digests."""
@@ -172,7 +176,7 @@ class EncoderCache:
 
         Return the digest if they are not finite in the model's dtype.
         """
-        self._keep(digest, torch.from_numpy(features.arrays["embeds"]))
+        self._keep(digest, _given(features))
         if finite_parts([self._embeddings[digest]])[0]:
             return []
         del self._embeddings[digest]
@@ -221,3 +225,10 @@ class EncoderCache:
                     row = first_row + low - start
                     embeds[row : row + high - low] = source[at : at + high - low]
                 offset += length
+
+
+def _given(features: Features) -> torch.Tensor:
+    """Return precomputed embeddings, (num_embeds, hidden)."""
+    given = torch.from_numpy(features.arrays["embeds"])
+    name = features.meta.get(EMBEDS_DTYPE)
+    return given if name is None else given.view(getattr(torch, name))

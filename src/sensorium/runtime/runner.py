@@ -95,6 +95,10 @@ class ModelRunner:
         self._after_step()
         return result
 
+    def encoded(self, digest: bytes) -> torch.Tensor | None:
+        """Return the encoder output (num_embeds, H) of an item; None where it is not kept."""
+        return self.encoder.get(digest)
+
     def reset(self) -> None:
         """Drop all sequences and encoder outputs; the contents of the KV cache become useless."""
         self._table.drop(tuple(self._table.slots))

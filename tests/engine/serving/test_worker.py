@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zmq
 
@@ -49,6 +50,11 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(num_steps=self.num_steps)
+
+    def embeddings(self, digest: bytes) -> tuple[np.ndarray | None, str]:
+        if digest == b"gone":
+            return None, ""
+        return np.frombuffer(digest, np.uint8).reshape(2, -1), "bfloat16"
 
     def check_integrity(self) -> None:
         """Nothing can be wrong."""
@@ -97,6 +103,15 @@ def test_a_request_that_cannot_be_taken_in_is_refused_and_the_loop_goes_on(
     ]
     assert sent[2].number == 7
     assert engine.num_aborted == 2
+
+
+def test_embeddings_of_an_item_are_given_away(sockets: Sockets) -> None:
+    messages = [wire.AskEmbeddings(1, b"gone"), wire.AskEmbeddings(2, b"abcdefgh")]
+    gone, found = run(sockets, FakeEngine(busy=False), list(messages))
+    assert (gone.number, gone.bits) == (1, None)
+    assert (found.number, found.dtype) == (2, "bfloat16")
+    assert found.bits.tobytes() == b"abcdefgh"
+    assert found.bits.shape == (2, 4)
 
 
 def test_a_request_whose_features_are_gone_is_refused_quietly(

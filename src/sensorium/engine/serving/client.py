@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq
 import zmq.asyncio
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 RequestUpdate = SequenceUpdate | errors.SensoriumError
 OutputQueue = asyncio.Queue[RequestUpdate]
+Answer = TypeVar("Answer")
 
 STOP_SECONDS = 5.0
 """Seconds that the engine's process gets to end by itself."""
@@ -81,6 +82,7 @@ class EngineClient:
         self._routes: dict[str, tuple[OutputQueue, tuple[MediaItem, ...]]] = {}
         self._stats: dict[int, asyncio.Future[EngineStats]] = {}
         self._changes: dict[int, asyncio.Future[wire.Adapters]] = {}
+        self._embeddings: dict[int, asyncio.Future[wire.Embeddings]] = {}
         self._numbers = itertools.count()
         self._tasks: list[asyncio.Task[None]] = []
         self._alive = False
@@ -177,16 +179,26 @@ class EngineClient:
 
     async def stats(self) -> EngineStats:
         """Return the counters of the engine. Raises EngineDeadError when it has stopped."""
+        number = next(self._numbers)
+        return await self._asked(self._stats, number, wire.AskStats(number))
+
+    async def embeddings(self, digest: bytes) -> wire.Embeddings:
+        """Return an item's encoder output, if the engine has it still; raises as ``stats``."""
+        number = next(self._numbers)
+        return await self._asked(self._embeddings, number, wire.AskEmbeddings(number, digest))
+
+    async def _asked(
+        self, waiting: dict[int, asyncio.Future[Answer]], number: int, message: wire.ToEngine
+    ) -> Answer:
+        """Send a message and return the answer with its number. Raises EngineDeadError."""
         if not self._alive:
             raise dead_error(self._start_seconds)
-        number = next(self._numbers)
-        future: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
-        self._stats[number] = future
-        self._send(wire.AskStats(number))
+        waiting[number] = asyncio.get_running_loop().create_future()
+        self._send(message)
         try:
-            return await future
+            return await waiting[number]
         finally:
-            self._stats.pop(number, None)
+            waiting.pop(number, None)
 
     async def load_adapter(self, name: str, path: str, folder: str) -> EngineFacts:
         """Load an adapter and return the facts with it.
@@ -204,15 +216,7 @@ class EngineClient:
         return await self._change(wire.UnloadAdapter(next(self._numbers), name))
 
     async def _change(self, message: wire.LoadAdapter | wire.UnloadAdapter) -> EngineFacts:
-        if not self._alive:
-            raise dead_error(self._start_seconds)
-        future: asyncio.Future[wire.Adapters] = asyncio.get_running_loop().create_future()
-        self._changes[message.number] = future
-        self._send(message)
-        try:
-            answer = await future
-        finally:
-            self._changes.pop(message.number, None)
+        answer = await self._asked(self._changes, message.number, message)
         if answer.failed is not None:
             failed = answer.failed
             # A code that no error has is that of a fault of ours.
@@ -285,15 +289,13 @@ class EngineClient:
             )
             self._deliver(message.request_id, error, True)
         elif isinstance(message, wire.Stats):
-            future = self._stats.get(message.number)
-            if future is not None and not future.done():
-                future.set_result(message.stats)
+            _answer(self._stats.get(message.number), message.stats)
+        elif isinstance(message, wire.Embeddings):
+            _answer(self._embeddings.get(message.number), message)
         elif isinstance(message, wire.Adapters):
             # Also where nobody waits any more: the engine has changed.
             self._facts = dataclasses.replace(self.facts, adapters=message.adapters)
-            change = self._changes.get(message.number)
-            if change is not None and not change.done():
-                change.set_result(message)
+            _answer(self._changes.get(message.number), message)
 
     def _deliver(self, request_id: str, news: RequestUpdate, ended: bool) -> None:
         route = self._routes.get(request_id)
@@ -320,10 +322,16 @@ class EngineClient:
         # One error each: who raises it adds its own trace.
         for request_id in list(self._routes):
             self._deliver(request_id, new_error(), True)
-        waiting: list[asyncio.Future[Any]] = [*self._stats.values(), *self._changes.values()]
-        for future in waiting:
+        asked: list[dict[int, asyncio.Future[Any]]] = [self._stats, self._changes, self._embeddings]
+        for future in [future for waiting in asked for future in waiting.values()]:
             if not future.done():
                 future.set_exception(new_error())
+
+
+def _answer(future: asyncio.Future[Answer] | None, answer: Answer) -> None:
+    """Give an answer to who waits for it, if somebody does still."""
+    if future is not None and not future.done():
+        future.set_result(answer)
 
 
 def _ending(status: int | None) -> str:

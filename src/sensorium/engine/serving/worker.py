@@ -199,6 +199,9 @@ class _Loop:
                 engine.abort(request_id)
         elif isinstance(message, wire.AskStats):
             self._socket.send(wire.encode(wire.Stats(message.number, engine.stats())))
+        elif isinstance(message, wire.AskEmbeddings):
+            bits, dtype = engine.embeddings(message.digest)
+            self._socket.send(wire.encode(wire.Embeddings(message.number, bits, dtype)))
         elif isinstance(message, wire.LoadAdapter):
             self._reader.begin(message)
         elif isinstance(message, wire.UnloadAdapter):

@@ -17,8 +17,12 @@ from typing import Any
 import numpy as np
 import ray
 
-from sensorium.multimodal.items import Features, MediaItem
+from sensorium.multimodal.items import EMBEDS_DTYPE, Features, MediaItem
 from sensorium.multimodal.shared_memory import SharedArraysFolder
+from sensorium.ray.media.embeddings import SharedEmbeddings
+
+Kind = tuple[bytes, bool]
+"""Digest of an item, and if embeddings of another replica may stand for its features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,54 +70,69 @@ class FeaturesIn:
     """Items by references, in shared memory of this machine; the latest ones are kept.
 
     Used on one event loop. ``most_bytes``: bytes of those that no request uses any more.
+    ``shared``: where other replicas leave the embeddings that they have made.
     """
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: int, shared: SharedEmbeddings | None = None) -> None:
         self._most_bytes = most_bytes
+        self._shared = shared
         self._folder = SharedArraysFolder()
-        self._kept: OrderedDict[bytes, MediaItem] = OrderedDict()
+        self._kept: OrderedDict[Kind, MediaItem] = OrderedDict()
         self._num_bytes = 0
-        self._loading: dict[bytes, asyncio.Task[MediaItem]] = {}
+        self._loading: dict[Kind, asyncio.Task[MediaItem]] = {}
 
-    async def items(self, references: Sequence[FeaturesRef]) -> list[MediaItem]:
+    async def items(
+        self, references: Sequence[FeaturesRef], wanted: Sequence[bytes]
+    ) -> list[MediaItem]:
         """Return the items; those that others wait for already are read once.
+
+        ``wanted``: the digest of each item's embeddings, which differs from the item's own where
+        an adapter changes the encoder. Those are not shared.
 
         Raises OSError when there is no room for them, ray.exceptions.RayError when one is lost.
         """
-        return [await self._item(reference) for reference in references]
+        pairs = zip(references, wanted, strict=True)
+        return [await self._item(ref, ref.digest == digest) for ref, digest in pairs]
 
     def close(self) -> None:
         """Remove the shared memory."""
         self._folder.close()
 
-    async def _item(self, reference: FeaturesRef) -> MediaItem:
-        digest = reference.digest
-        kept = self._kept.get(digest)
+    async def _item(self, reference: FeaturesRef, shareable: bool) -> MediaItem:
+        kind = reference.digest, shareable and self._shared is not None
+        kept = self._kept.get(kind)
         if kept is not None:
-            self._kept.move_to_end(digest)
+            self._kept.move_to_end(kind)
             return kept
-        task = self._loading.get(digest)
+        task = self._loading.get(kind)
         if task is None:
-            task = self._loading[digest] = asyncio.create_task(self._load(reference))
-            task.add_done_callback(lambda _: self._loading.pop(digest, None))
+            task = self._loading[kind] = asyncio.create_task(self._load(reference, kind))
+            task.add_done_callback(lambda _: self._loading.pop(kind, None))
         return await asyncio.shield(task)
 
-    async def _load(self, reference: FeaturesRef) -> MediaItem:
-        arrays = await reference.arrays
+    async def _load(self, reference: FeaturesRef, kind: Kind) -> MediaItem:
+        arrays, meta, precomputed = None, reference.meta, reference.precomputed
+        if self._shared is not None and kind[1] and not precomputed:
+            found = await self._shared.find(reference.digest)
+            if found is not None:
+                bits, dtype = found
+                arrays, meta, precomputed = {"embeds": bits}, {EMBEDS_DTYPE: dtype}, True
+        if arrays is None:
+            arrays = await reference.arrays
         shared = await asyncio.to_thread(self._folder.write, arrays)
         features = Features(
             modality=reference.modality,  # type: ignore[arg-type]
             arrays=shared,
             num_embeds=reference.num_embeds,
-            meta=reference.meta,
-            precomputed=reference.precomputed,
+            meta=meta,
+            precomputed=precomputed,
         )
         item = MediaItem(reference.modality, reference.digest, features)  # type: ignore[arg-type]
-        self._keep(item)
+        self._keep(kind, item)
         return item
 
-    def _keep(self, item: MediaItem) -> None:
-        self._kept[item.digest] = item
+    def _keep(self, kind: Kind, item: MediaItem) -> None:
+        self._kept[kind] = item
         self._num_bytes += item.features.num_bytes
         while self._num_bytes > self._most_bytes and self._kept:
             _, oldest = self._kept.popitem(last=False)

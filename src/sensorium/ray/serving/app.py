@@ -12,6 +12,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 
 from sensorium import environment
 from sensorium.config import (
+    GIB,
     EngineConfig,
     ServedConfig,
     ServerConfig,
@@ -19,10 +20,11 @@ from sensorium.config import (
     engine_option_names,
 )
 from sensorium.errors import ConfigError
+from sensorium.ray.media.embeddings import SharedIndex
 from sensorium.ray.serving.engine import STATS_SECONDS, Engine
 from sensorium.ray.serving.server import ingress
 
-ENGINE, SERVER = "Engine", "Server"
+ENGINE, SERVER, EMBEDDINGS = "Engine", "Server", "Embeddings"
 """Names of the deployments."""
 MOST_REQUESTS = 1 << 16
 """Requests that Ray Serve lets into one process for HTTP, which has limits of its own."""
@@ -132,7 +134,22 @@ def _engines(config: EngineConfig, server: ServerConfig, resources: Resources) -
     one = dataclasses.replace(config.parallel, data_parallel_size=1)
     alone = dataclasses.replace(config, parallel=one)
     level = (server.log_level or environment.log_level()).lower()
-    return deployment.bind(alone, resources.per_node, level)
+    return deployment.bind(alone, resources.per_node, level, _index(server))
+
+
+def _index(server: ServerConfig) -> Application | None:
+    """Return the deployment that knows which embeddings replicas share, where they do."""
+    most_bytes = int(server.shared_embeddings_gb * GIB)
+    if not most_bytes:
+        return None
+    deployment = serve.deployment(
+        SharedIndex,
+        name=EMBEDDINGS,
+        num_replicas=1,
+        max_ongoing_requests=MOST_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deployment.bind(most_bytes)
 
 
 def _number(config: EngineConfig, server: ServerConfig) -> dict[str, Any]:

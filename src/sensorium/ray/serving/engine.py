@@ -7,7 +7,8 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 import msgspec
 from ray import serve
@@ -19,7 +20,9 @@ from sensorium.engine import wire
 from sensorium.engine.serving.client import OutputQueue
 from sensorium.engine.serving.supervisor import EngineSupervisor
 from sensorium.engine.stats import EngineStats
+from sensorium.multimodal.items import MediaItem
 from sensorium.processes import cores
+from sensorium.ray.media.embeddings import shared_embeddings
 from sensorium.ray.media.features import FeaturesIn, FeaturesRef
 from sensorium.ray.serving.fleet import STATS_KEY, ReplicaReport
 from sensorium.ray.serving.messages import NOT_TAKEN, TAKEN, Clock, Ticket
@@ -38,17 +41,17 @@ START_FAILED = "The engine could not start: "
 class Engine:
     """One replica. ``per_node``: replicas that share the cores of a machine, at most.
 
+    ``index``: handle to the embeddings that replicas share, None for each on its own.
     The engine's process is a child as in a single server, and is replaced when it dies.
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, config: EngineConfig, per_node: int, log_level: str
+        self, config: EngineConfig, per_node: int, log_level: str, index: Any = None
     ) -> None:
         environment.set_log_level(log_level)
         context = serve.get_replica_context()
         self._id: str = context.replica_id.unique_id
         _take_cores(context.rank.local_rank if context.rank is not None else 0, per_node)
-        self._features = FeaturesIn(int(config.cache.mm_processor_cache_gb * GIB))
         self._supervisor = EngineSupervisor(config)
         self._stats = EngineStats()
         self._num_reports = 0
@@ -60,6 +63,8 @@ class Engine:
             await self._supervisor.stop()
             # In place of a class that Ray would have to find again where it is raised.
             raise RuntimeError(f"{START_FAILED}{error.message}") from None
+        self._shared = await shared_embeddings(config, index)
+        self._features = FeaturesIn(int(config.cache.mm_processor_cache_gb * GIB), self._shared)
         self._supervisor.watch(lambda _: None)
 
     async def generate(
@@ -77,7 +82,9 @@ class Engine:
             submit = wire.decode_to_engine(message)
             assert isinstance(submit, wire.Submit)
             request = _at_home(submit.request, offset)
-            client.submit(request, await self._features.items(features), queue)
+            wanted = [item.digest for item in request.items]
+            items = await self._features.items(features, wanted)
+            client.submit(request, items, queue)
         except errors.EngineDeadError:
             yield NOT_TAKEN + self._id.encode()
             return
@@ -86,6 +93,10 @@ class Engine:
             ended = False
             while not ended:
                 news = [await queue.get()]
+                if items and self._shared is not None:
+                    # Once: the first update comes after all items have been encoded.
+                    self._shared.offer(_own(items, wanted), client)
+                    items = []
                 while not queue.empty():
                     news.append(queue.get_nowait())
                 for data, is_last in _messages(news, request.request_id, offset):
@@ -150,6 +161,15 @@ def _take_cores(place: int, per_node: int) -> None:
     own = cores.find().rank_threads(place % per_node, per_node).cpus
     if own:
         os.sched_setaffinity(0, own)
+
+
+def _own(items: Sequence[MediaItem], wanted: Sequence[bytes]) -> list[bytes]:
+    """Return digests of the items that the model's encoder, without an adapter, has encoded."""
+    return [
+        item.digest
+        for item, digest in zip(items, wanted, strict=True)
+        if item.digest == digest and not item.features.precomputed
+    ]
 
 
 def _at_home(request: EngineRequest, offset: float) -> EngineRequest:
