@@ -9,6 +9,7 @@ from benchmarks.fleet.images import images
 from benchmarks.fleet.policies import POLICIES, Ours
 from benchmarks.fleet.service import StepCosts, fit
 from benchmarks.fleet.simulation import Fleet, FleetShape, simulate
+from benchmarks.fleet.tables import PAGE, filled
 from benchmarks.fleet.traces import Request, TraceShape, make_trace
 
 COSTS = StepCosts(0.015, 0.0018, 0.0012, 0.0, 0.0, 0.008)
@@ -66,6 +67,11 @@ def test_repeated_images_meet_a_replica_that_has_them() -> None:
     for row in rows:
         assert row["repeats_met"] >= 0.95
         assert row["requests_max_over_mean"] < 1.3
+
+
+def test_the_page_shows_the_newest_results() -> None:
+    text = PAGE.read_text()
+    assert filled(text) == text
 
 
 def test_costs_are_found_again() -> None:
