@@ -43,7 +43,7 @@ STARTS = 3
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resources:
-    """What Ray reserves for each process; ``per_node``: engines that share a machine's cores."""
+    """Resources of each process; ``per_node``: engines that share the cores of a machine."""
 
     engine_cpus: float = 1
     engine_gpus: float = 0

@@ -1,4 +1,4 @@
-"""What replicas may reserve: on a cluster that there is, or on one of our own on this machine."""
+"""Resources of replicas: on a cluster that there is, or on one of our own on this machine."""
 
 from __future__ import annotations
 

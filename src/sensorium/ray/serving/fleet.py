@@ -16,7 +16,7 @@ STATS_KEY = "sensorium"
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):
-    """What a replica says of itself once a second.
+    """Report of a replica on itself, once a second.
 
     ``up``: its engine takes requests. ``num_restarts``: how often that was replaced. ``number``:
     of the report, from 1.

@@ -16,7 +16,7 @@ replica may be tried."""
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What a router needs to know of a request, and more that goes with it.
+    """Facts of a request that a router needs, and more that goes with it.
 
     ``key``: a ``distributed.routing.RequestKey``. ``avoid``: replicas that did not take it.
     """
