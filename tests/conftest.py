@@ -24,9 +24,12 @@ LONG = (
 """What takes longest begins first, so that all processes end at about the same time."""
 NOT_FAST = (
     *SHARED,
+    "tests/assets/",
     "tests/bench/",
     "tests/browser/",
+    "tests/cli/chat/test_local.py",
     "tests/cli/commands/test_bench.py",
+    "tests/cli/commands/test_embed.py",
     "tests/clients/",
     "tests/docs/test_running.py",
     "tests/docs/test_site.py",
