@@ -5,6 +5,7 @@ Each of these would do it for all modules, at the same time as the others: eight
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -19,10 +20,14 @@ rewrite: Any = pytest_rewrite
 
 
 def rewrite_all(config: pytest.Config, folder: Path) -> None:
-    """Rewrite what pytest has not, as it would when it imports the modules below a folder."""
+    """Rewrite what pytest has not, as it would when it imports the modules below a folder.
+
+    Where that fails, such as for a module that is no Python, pytest does it later and says why.
+    """
     files = [*folder.rglob("test_*.py"), *folder.rglob("conftest.py")]
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(os.cpu_count(), fork, _remember, (config,)) as processes:
+    num_processes = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(num_processes, fork, _remember, (config,)) as processes:
         list(processes.map(_rewrite, files, chunksize=8))
 
 
@@ -34,6 +39,11 @@ def _remember(config: pytest.Config) -> None:
 
 
 def _rewrite(file: Path) -> None:
+    with contextlib.suppress(Exception):
+        _rewrite_now(file)
+
+
+def _rewrite_now(file: Path) -> None:
     kept = rewrite.get_cache_dir(file) / (file.name.removesuffix(".py") + rewrite.PYC_TAIL)
     if rewrite._read_pyc(file, kept) is None and rewrite.try_makedirs(kept.parent):
         digest, code = rewrite._rewrite_test(file, _CONFIG[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
@@ -16,12 +17,12 @@ from sensorium.ray.cluster import found_address, ray_cluster
 
 def listening(process: psutil.Process) -> set[str]:
     """Addresses at which a process and its children listen."""
-    return {
-        connection.laddr.ip
-        for one in (process, *process.children(recursive=True))
-        for connection in one.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
+    found = set()
+    for one in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # some live for a moment only
+            connections = one.net_connections("inet")
+            found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    return found
 
 
 def test_a_cluster_of_ones_own_is_for_this_machine_alone(ray_address: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import json
 import re
 import signal
@@ -58,8 +59,9 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:
 def engine_replicas() -> Iterator[psutil.Process]:
     """Processes of the replicas of engines on the cluster, which this process has started."""
     for process in psutil.Process().children(recursive=True):
-        if any("ServeReplica:sensorium:Engine" in part for part in process.cmdline()):
-            yield process
+        with contextlib.suppress(psutil.NoSuchProcess):  # some live for a moment only
+            if any("ServeReplica:sensorium:Engine" in part for part in process.cmdline()):
+                yield process
 
 
 async def streamed(session: aiohttp.ClientSession, url: str, prompt: str, num: int) -> str:

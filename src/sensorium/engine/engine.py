@@ -205,7 +205,7 @@ class Engine:
         None in place of those that are not kept any more, or are larger than ``LARGEST_COPY``.
         """
         found = self._runner.encoded(digest)
-        if found is None or found.nbytes > LARGEST_COPY:
+        if found is None or found.nbytes > LARGEST_COPY or not found.is_contiguous():
             return None, ""
         return found.cpu().view(torch.uint8).numpy(), str(found.dtype).removeprefix("torch.")
 

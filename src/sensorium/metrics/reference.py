@@ -16,7 +16,7 @@ Names have the prefix `sensorium:` or that of `--metrics-prefix`. Most are vLLM'
 the names that dashboards for FastAPI expect. Counters are scraped with `_total`, histograms as
 `_bucket`, `_sum` and `_count`; series of creation times (`_created`) are left out.
 
-Every series has the labels `model_name` and `engine` (the index of the engine, 0); further labels
+Every series has the labels `model_name` and `engine` (0, or the id of a replica); further labels
 are listed. A server of several models has series of each, by its first name; the event loop and
 HTTP requests that name no model have an empty `model_name`. `handler` is the template of a route,
 such as `/v1/models/{name:path}`, or `none` for a request without a route. `status` is `2xx`,

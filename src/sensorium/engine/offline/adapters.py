@@ -55,7 +55,7 @@ class AdaptersOnDemand:
     def _load(self, name: str, path: str, wanted: Any) -> None:
         """Load an adapter, and forget others where that makes room for it.
 
-        Raises ConfigError, and forgets none then.
+        Raises ConfigError. None is forgotten for one whose names, types or shapes are wrong.
         """
         folder, num_bytes = self._engine.adapter_bytes(name, path)
         for other in self._in_the_way(num_bytes, wanted):
@@ -76,7 +76,7 @@ class AdaptersOnDemand:
             going = unused[:num]
             left = {one.digest: one.num_bytes for one in loaded if one.name not in going}
             is_room = sum(left.values()) + num_bytes <= stats.lora_capacity_bytes
-            if is_room and len(loaded) - num < self._max_loras:
+            if is_room and len(left) < self._max_loras:
                 return going
         return []
 
