@@ -23,7 +23,7 @@ from sensorium.cli.rewrite import SHORT
 from sensorium.compat.engine_flags import ENGINE_RULES
 from sensorium.compat.rule import Effect
 from sensorium.compat.server_flags import SERVER_RULES
-from sensorium.config import engine_config, engine_option_names
+from sensorium.config import ServerConfig, engine_config, engine_option_names
 from sensorium.errors import ConfigError
 from tests.compat.vllm_names import FLAGS
 
@@ -149,7 +149,8 @@ def test_a_token_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("short", "long"), SHORT.items())
 def test_short_flags_stand_for_flags_that_are_known(short: str, long: str) -> None:
-    known = {flag_of(name) for name in (*RULES, *engine_option_names())}
+    server = [field.name for field in dataclasses.fields(ServerConfig)]
+    known = {flag_of(name) for name in (*RULES, *engine_option_names(), *server)}
     assert long in known, short
 
 

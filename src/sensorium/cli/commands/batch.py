@@ -36,7 +36,6 @@ COMMON = {
     "--errors": "--errors failed.jsonl",
     "--in-order": "--in-order",
     "--overwrite": "--overwrite",
-    "--concurrency": "--concurrency 64",
     "--base-url": "--base-url http://127.0.0.1:8000",
     "--max-model-len": "--max-model-len 8192",
     "--quantization": "--quantization int8",
