@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.serve.exceptions import RayServeException
 
 from sensorium.config import engine_config
 from sensorium.engine import wire
@@ -102,6 +103,26 @@ async def test_what_a_dead_replica_has_left_is_forgotten(index: Any) -> None:
     while await here.find(b"item") is not None or (await index.stats.remote())[0]:
         assert time.monotonic() < end
         await asyncio.sleep(0.05)
+
+
+class FailingIndex:
+    """An index whose deployment cannot be reached; ``find.remote`` is as that of a handle."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.find = self
+
+    async def remote(self, key: bytes) -> EmbeddingsRef | None:
+        self.asked += 1
+        raise RayServeException("unavailable")
+
+
+async def test_an_index_that_fails_is_left_alone_for_a_while() -> None:
+    failing = FailingIndex()
+    shared = SharedEmbeddings(failing, b"model")
+    assert await shared.find(b"one") is None
+    assert await shared.find(b"two") is None
+    assert failing.asked == 1
 
 
 def test_models_with_other_weights_share_nothing() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ObjectLostError, RayError
 
 from sensorium import __version__, errors
 from sensorium.config import EngineConfig
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 FIND_SECONDS = 0.5
 """Most time that an item waits for embeddings of another replica."""
+BACK_OFF_SECONDS = 5.0
+"""Time for which nobody asks the index after it failed or was late."""
 MOST_OFFERS = 32
 """Offers under way at a time; more are dropped."""
 MOST_KNOWN = 1 << 14
@@ -97,20 +100,29 @@ class SharedEmbeddings:
         self._space = space
         self._offers: set[asyncio.Task[None]] = set()
         self._known: OrderedDict[bytes, None] = OrderedDict()
+        self._silent_until = 0.0
         self.num_found = self.num_offered = 0
 
     async def find(self, digest: bytes) -> tuple[np.ndarray, str] | None:
-        """Return bits and dtype of the embeddings of an item, None where nobody has them."""
+        """Return bits and dtype of the embeddings of an item, None where nobody has them.
+
+        After a failure or a delay the answer is None at once for ``BACK_OFF_SECONDS``.
+        """
+        if time.monotonic() < self._silent_until:
+            return None
         key = self._key(digest)
         try:
             async with asyncio.timeout(FIND_SECONDS):
                 found: EmbeddingsRef | None = await self._index.find.remote(key)
                 bits = None if found is None else await found.bits
-        except TimeoutError:
-            return None
-        except RayError:
+        except ObjectLostError:
             # The replica that had put them there has gone.
             self._index.forget.remote(key)
+            return None
+        except Exception as error:  # Ray Serve's are no RayError; the replica can do without.
+            if time.monotonic() >= self._silent_until:
+                logger.info("shared embeddings cannot be had: %s", type(error).__name__)
+            self._silent_until = time.monotonic() + BACK_OFF_SECONDS
             return None
         if found is None or bits is None:
             return None
