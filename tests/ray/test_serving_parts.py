@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from sensorium.cli.main import main
 from sensorium.config import ServedConfig, ServerConfig, engine_config
 from sensorium.engine.stats import AdapterFacts, EngineFacts, EngineStats
 from sensorium.errors import ConfigError
+from sensorium.ray.serving import launch
 from sensorium.ray.serving.app import application, build_app, check
 from sensorium.ray.serving.engines import summed
 from sensorium.ray.serving.fleet import Fleet, ReplicaReport, common_facts
@@ -118,3 +120,43 @@ def test_a_single_server_does_not_import_ray() -> None:
     code = "import sys, sensorium.server.launch; print('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+class FakeServe:
+    """Ray Serve with an application of another start, whose update fails."""
+
+    def __init__(self, *names: str) -> None:
+        self.names, self.deleted = names, []
+        self.statuses = ["DEPLOYING", "DEPLOY_FAILED"]
+
+    def start(self, **_: object) -> None:
+        """It runs already."""
+
+    def RunTarget(self, *_: object, **__: object) -> None:
+        """Nothing is looked at."""
+
+    def run_many(self, *_: object, **__: object) -> None:
+        self.names = ("sensorium",)
+
+    def status(self) -> SimpleNamespace:
+        status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+        found = SimpleNamespace(status=status, message="no memory", deployments={})
+        return SimpleNamespace(applications=dict.fromkeys(self.names, found))
+
+    def delete(self, name: str, *, _blocking: bool) -> None:
+        self.deleted.append(name)
+
+
+@pytest.mark.parametrize(("there", "deleted"), [(("sensorium",), []), ((), ["sensorium"])])
+def test_a_start_that_fails_ends_no_application_of_another_one(
+    monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...], deleted: list[str]
+) -> None:
+    fake = FakeServe(*there)
+    monkeypatch.setattr(launch, "serve", fake)
+    monkeypatch.setattr(launch, "show_logs", lambda: None)
+    monkeypatch.setattr(launch, "application", lambda *_: None)
+    monkeypatch.setattr(launch._Run, "_find_address", lambda _: None)
+    monkeypatch.setattr(launch, "connected", lambda _: contextlib.nullcontext(_resources()))
+    with pytest.raises(ConfigError, match="no memory"):
+        launch._Run(served(ray_address="auto"), 8000).run()
+    assert fake.deleted == deleted

@@ -103,7 +103,8 @@ class _Run:
         self._host, self._port = model.server.host, port
         self._name = model.server.ray_application
         self._owner = secrets.token_hex(8)
-        self._is_ours = True
+        self._is_ours = False
+        """True where the end of this run ends the application: no other start has a part in it."""
 
     def run(self) -> None:
         """Start, serve until ``stop``, and end. Raises ConfigError."""
@@ -137,11 +138,14 @@ class _Run:
         self._find_address()
         logger.info("starting %d replicas", most_replicas(self._model))
         app = application(self._model, resources, self._owner)
+        # What fails or is stopped before it is up leaves the application that was there.
+        self._is_ours = self._name not in serve.status().applications
         target = serve.RunTarget(app, name=self._name, route_prefix=server.root_path or "/")
         serve.run_many([target], wait_for_applications_running=False)
         while not self.stop.wait(_LOOK_SECONDS):
             found = serve.status().applications[self._name]
             if found.status == "RUNNING":
+                self._is_ours = True
                 return True
             if found.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise _failure(found)
@@ -166,6 +170,7 @@ class _Run:
 
     def _drain(self) -> None:
         """Refuse new requests and wait for running ones, unless another start has taken over."""
+        self._is_ours = False  # also where nobody answers
         handle = serve.get_app_handle(self._name)
         self._is_ours = handle.owner.remote().result(timeout_s=10) == self._owner
         if not self._is_ours:
@@ -179,12 +184,17 @@ class _Run:
             waiting.join(_LOOK_SECONDS)
 
     def _end(self) -> None:
-        """End the application; on a cluster of our own, all of Ray Serve."""
+        """End the application; on a cluster of our own, all of Ray Serve.
+
+        After a second signal nothing is waited for: a cluster of our own ends anyway.
+        """
+        hurry = self.hurry.is_set()
         with contextlib.suppress(Exception):
             if self._model.server.ray_address is None:
-                serve.shutdown()
+                if not hurry:
+                    serve.shutdown()
             elif self._is_ours:
-                serve.delete(self._name)
+                serve.delete(self._name, _blocking=not hurry)
 
 
 def _ignore(call: Any) -> None:
