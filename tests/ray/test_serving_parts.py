@@ -155,8 +155,8 @@ def test_a_start_that_fails_ends_no_application_of_another_one(
     monkeypatch.setattr(launch, "serve", fake)
     monkeypatch.setattr(launch, "show_logs", lambda: None)
     monkeypatch.setattr(launch, "application", lambda *_: None)
-    monkeypatch.setattr(launch._Run, "_find_address", lambda _: None)
+    monkeypatch.setattr(launch.ReplicasRun, "find_address", lambda _: None)
     monkeypatch.setattr(launch, "connected", lambda _: contextlib.nullcontext(_resources()))
     with pytest.raises(ConfigError, match="no memory"):
-        launch._Run(served(ray_address="auto"), 8000).run()
+        launch.ReplicasRun(served(ray_address="auto"), 8000).run()
     assert fake.deleted == deleted

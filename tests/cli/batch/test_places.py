@@ -149,3 +149,34 @@ def test_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         path.write_text(output(1, "one"))
     file = memory.open("/bucket/out.parquet")
     assert pyarrow.parquet.read_table(file).to_pylist()[0]["text"] == "one"
+
+
+def test_a_run_that_writes_nothing_leaves_what_was_delivered(tmp_path: Path) -> None:
+    table, lines = tmp_path / "out.parquet", tmp_path / "out.parquet.jsonl"
+    table.write_bytes(b"delivered")
+    with pytest.raises(ConfigError, match="--overwrite"), local_output(str(table), overwrite=False):
+        raise AssertionError("never run")
+    lines.write_text('{"custom_id": "a"}\n')
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        local_output(str(table), overwrite=False) as path,
+    ):
+        assert path == lines
+        raise KeyboardInterrupt
+    assert table.read_bytes() == b"delivered"
+
+
+def test_the_longer_one_of_two_runs_counts() -> None:
+    """One machine has half of the answers, and another has delivered all of them."""
+    import fsspec
+
+    name, memory = "memory://both/answers.jsonl", fsspec.filesystem("memory")
+    with local_output(name, overwrite=False) as path:
+        path.write_text("one\n")
+    memory.pipe_file("/both/answers.jsonl", b"one\ntwo\n")
+    with local_output(name, overwrite=False) as path:
+        assert path.read_text() == "one\ntwo\n"
+    assert memory.cat_file("/both/answers.jsonl") == b"one\ntwo\n"
+    with local_output(name, overwrite=False) as path:
+        path.unlink()  # no line has failed
+    assert not memory.exists("/both/answers.jsonl")

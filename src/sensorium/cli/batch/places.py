@@ -90,13 +90,49 @@ def local_output(name: str, *, overwrite: bool) -> Iterator[Path]:
 
             tables.require_pyarrow()
         path.parent.mkdir(parents=True, exist_ok=True)
-        if is_url(name) and not is_table and not overwrite and not path.exists():
-            _fetch(name, path)
+        if not overwrite:
+            _take_up(name, path, is_table=is_table)
+    before = _state(path)
     try:
         yield path
     finally:
         with _usable(name):
-            _deliver(path, name, is_table=is_table)
+            # A run that ends before it has written a line leaves what an earlier one delivered.
+            if _state(path) != before or (_state(path) and not _is_there(name)):
+                _deliver(path, name, is_table=is_table)
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Return size and time of the lines of an output, None where there are none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return (status.st_size, status.st_mtime_ns) if status.st_size else None
+
+
+def _is_there(name: str) -> bool:
+    system, place = _opened(name)
+    return bool(system.exists(place))
+
+
+def _take_up(name: str, path: Path, *, is_table: bool) -> None:
+    """Go on from what an earlier run has delivered, perhaps from another machine.
+
+    Raises ConfigError for a table whose lines are not here: it would be replaced.
+    """
+    if is_table:
+        if not path.exists() and _is_there(name):
+            raise ConfigError(
+                f"{name!r} is there, but not the lines that it was made of ({path}), without which "
+                "no run can go on from it: name another output, or replace it with --overwrite.",
+                param="output",
+            )
+        return
+    system, place = _opened(name)
+    known = _state(path)
+    if system.exists(place) and system.size(place) > (0 if known is None else known[0]):
+        _copy(system, place, path)
 
 
 def _journal_path(name: str) -> Path:
@@ -131,17 +167,16 @@ def _write_lines(name: str, path: Path, wishes: Wishes) -> None:
     _copy(system, place, path)
 
 
-def _fetch(name: str, path: Path) -> None:
-    """Copy what an earlier run has delivered, perhaps from another machine."""
-    system, place = _opened(name)
-    if system.exists(place):
-        _copy(system, place, path)
-
-
 def _copy(system: Any, place: str, path: Path) -> None:
-    with system.open(place, "rb") as file, path.open("wb") as target:
-        while piece := file.read(_COPY_BYTES):
-            target.write(piece)
+    """Copy a file; what is there of it when that is broken off does not count."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with system.open(place, "rb") as file, unfinished.open("wb") as target:
+            while piece := file.read(_COPY_BYTES):
+                target.write(piece)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _deliver(path: Path, name: str, *, is_table: bool) -> None:
@@ -149,9 +184,14 @@ def _deliver(path: Path, name: str, *, is_table: bool) -> None:
     from sensorium.cli.batch import tables
 
     if not path.exists():
+        if _is_there(name):  # no line has failed this time
+            system, place = _opened(name)
+            system.rm_file(place)
         return
     if not is_url(name):
-        unfinished = local_path(name).with_name(f".{local_path(name).name}.unfinished")
+        unfinished = local_path(name).with_name(
+            f".{local_path(name).name}.{os.getpid()}.unfinished"
+        )
         with unfinished.open("wb") as target:
             tables.write_table(path, target)
         os.replace(unfinished, local_path(name))

@@ -61,7 +61,7 @@ async def _serve(model: ServedConfig) -> None:
         if port is None:
             return
         # Ray's calls wait: in a thread, so that signals are heard meanwhile.
-        run = _Run(model, port)
+        run = ReplicasRun(model, port)
         await _until(run, signals)
 
 
@@ -79,7 +79,7 @@ async def _free_port(config: ServerConfig, signals: StopSignals) -> int | None:
         return int(listener.getsockname()[1])
 
 
-async def _until(run: _Run, signals: StopSignals) -> None:
+async def _until(run: ReplicasRun, signals: StopSignals) -> None:
     """Run until a signal comes, then end; a second signal ends at once."""
     thread = asyncio.create_task(asyncio.to_thread(run.run))
     stopping = asyncio.create_task(signals.stop.wait())
@@ -93,7 +93,7 @@ async def _until(run: _Run, signals: StopSignals) -> None:
         task.cancel()
 
 
-class _Run:
+class ReplicasRun:
     """One run of replicas, in a thread: ``stop`` and ``hurry`` come from signals."""
 
     def __init__(self, model: ServedConfig, port: int) -> None:
@@ -135,7 +135,7 @@ class _Run:
             },
             logging_config=QUIET,
         )
-        self._find_address()
+        self.find_address()
         logger.info("starting %d replicas", most_replicas(self._model))
         app = application(self._model, resources, self._owner)
         # What fails or is stopped before it is up leaves the application that was there.
@@ -151,7 +151,7 @@ class _Run:
                 raise _failure(found)
         return False
 
-    def _find_address(self) -> None:
+    def find_address(self) -> None:
         """Take over host and port of Ray Serve where that runs already on the cluster."""
         found = _get_global_client().http_config
         wanted = self._host, self._port
