@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -168,8 +169,6 @@ def test_a_run_that_writes_nothing_leaves_what_was_delivered(tmp_path: Path) -> 
 
 def test_the_longer_one_of_two_runs_counts() -> None:
     """One machine has half of the answers, and another has delivered all of them."""
-    import fsspec
-
     name, memory = "memory://both/answers.jsonl", fsspec.filesystem("memory")
     with local_output(name, overwrite=False) as path:
         path.write_text("one\n")
