@@ -16,6 +16,7 @@ from ray.serve.exceptions import RayServeException
 from sensorium.config import engine_config
 from sensorium.engine import wire
 from sensorium.errors import EngineDeadError
+from sensorium.ray.media import embeddings
 from sensorium.ray.media.embeddings import (
     EmbeddingsRef,
     SharedEmbeddings,
@@ -24,6 +25,12 @@ from sensorium.ray.media.embeddings import (
 )
 
 BITS = np.arange(32, dtype=np.uint8).reshape(4, 8)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the index answer late, as on a machine under load."""
+    monkeypatch.setattr(embeddings, "FIND_SECONDS", 60.0)
 
 
 class FakeClient:
