@@ -32,11 +32,6 @@ class PrefixCache:
         self._num_idle = 0
         self._pieces: dict[int, _Piece] = {}
 
-    @property
-    def num_idle(self) -> int:
-        """Tokens that are kept for later requests."""
-        return self._num_idle
-
     def match(self, request: Request) -> tuple[int, bool]:
         """Return the tokens of the cached prefix; True if another sequence computes what follows."""
         cached = 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import RESULTS, Report
+from benchmarks.chart import newest
+from benchmarks.harness import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,9 @@ class StepCosts:
         )
 
 
-def newest(pattern: str) -> dict[str, Any]:
-    """The newest results of a benchmark."""
-    found: dict[str, Any] = json.loads(sorted(RESULTS.glob(pattern))[-1].read_text())
-    return found
-
-
 def of_the_demo() -> StepCosts:
     """Costs of the demo model, as this script measured them last."""
-    return StepCosts(**newest("fleet-service-*.json")["costs"])
+    return StepCosts(**newest("fleet-service")["costs"])
 
 
 def of_a_model(checkpoint: str = "qwen2-0.5b", engine: str = "sensorium-int8") -> StepCosts:
@@ -68,7 +62,7 @@ def of_a_model(checkpoint: str = "qwen2-0.5b", engine: str = "sensorium-int8") -
 
     It has no encoder: media cost as many tokens as with the demo model.
     """
-    figures = newest("peers-native-*.json")["checkpoints"][checkpoint]["figures"]
+    figures = newest("peers-native")["checkpoints"][checkpoint]["figures"]
     median = {name: figure["median"].get(engine) for name, figure in figures.items()}
     steps = [
         {"seconds": rows / median[f"decode_b{rows}"], "sequence": rows, "token": 0}

@@ -7,22 +7,18 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.fleet.service import newest
+from benchmarks import pages
+from benchmarks.chart import newest
 from benchmarks.harness import RESULTS, ROOT
+from benchmarks.pages import table
 
 PAGE = ROOT / "docs" / "routing.md"
 Results = Mapping[str, Any]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _percent(value: float) -> str:
@@ -48,7 +44,7 @@ def sizes(fleet: Results) -> str:
         [f"{row['num_replicas']:,} ({row['num_routers']})", row["policy"], *_outcome(row)]
         for row in fleet["table"]
     ]
-    return _table(["replicas (routers)", "policy", *OUTCOME], rows)
+    return table(["replicas (routers)", "policy", *OUTCOME], rows)
 
 
 def approximation(fleet: Results) -> str:
@@ -59,7 +55,7 @@ def approximation(fleet: Results) -> str:
             fleet["approximation"], key=lambda row: (row["num_replicas"], row["policy"])
         )
     ]
-    return _table(["replicas, policy", "engine", *OUTCOME], rows)
+    return table(["replicas, policy", "engine", *OUTCOME], rows)
 
 
 def loss(fleet: Results) -> str:
@@ -76,7 +72,7 @@ def loss(fleet: Results) -> str:
         for row in fleet["loss"]
     ]
     head = ["replicas (routers)", "policy", "failed", "prefix hits", "first token p99"]
-    return _table([*head, "p99 of the 20 s after it"], rows)
+    return table([*head, "p99 of the 20 s after it"], rows)
 
 
 def images(fleet: Results) -> str:
@@ -90,7 +86,7 @@ def images(fleet: Results) -> str:
         ]
         for row in fleet["images"]
     ]
-    return _table(["policy", "images", "repeats that meet it", "requests, max/mean"], rows)
+    return table(["policy", "images", "repeats that meet it", "requests, max/mean"], rows)
 
 
 def constants(fleet: Results) -> str:
@@ -99,12 +95,12 @@ def constants(fleet: Results) -> str:
     for row in fleet["constants"]:
         ((name, value),) = row["constants"].items()
         rows.append([f"`{name}` = {value:g}", *_outcome(row)])
-    return _table(["constant", *OUTCOME], rows)
+    return table(["constant", *OUTCOME], rows)
 
 
 def decisions(_: Results) -> str:
     """Times of decisions."""
-    result = newest("fleet-decisions-*.json")
+    result = newest("fleet-decisions")
     rows = [
         [
             f"{row['replicas']:,}",
@@ -113,16 +109,16 @@ def decisions(_: Results) -> str:
         ]
         for row in result["decisions"]
     ]
-    table = _table(["replicas", "decision, p50", "mean", "p99", "all calls, p50"], rows)
+    times = table(["replicas", "decision, p50", "mean", "p99", "all calls, p50"], rows)
     full = result["memory"]["peak_bytes"] / 2**20
-    return f"{table}\n\nA router whose memory is full takes {full:.0f} MiB."
+    return f"{times}\n\nA router whose memory is full takes {full:.0f} MiB."
 
 
 def validation(_: Results) -> str:
     """The simulation beside real replicas."""
     if not sorted(RESULTS.glob("fleet-validation-*.json")):
         return "There is no result yet."
-    result = newest("fleet-validation-*.json")
+    result = newest("fleet-validation")
     names = {
         "prefix_hit_rate": "prefix hits",
         "media_hit_rate": "media hits",
@@ -139,7 +135,7 @@ def validation(_: Results) -> str:
     met = f"{result['repeats_met'] * 100:.1f} % of the repeats met a replica that had the image."
     if result["settings"]["busy"]:
         met += " Other work ran on the machine: times were not compared."
-    return _table(["", "real", "simulated", "ratio"], rows) + "\n\n" + met
+    return table(["", "real", "simulated", "ratio"], rows) + "\n\n" + met
 
 
 SECTIONS: dict[str, Callable[[Results], str]] = {
@@ -155,31 +151,10 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
 
 def filled(page: str) -> str:
     """The page with what lies between marks written anew."""
-    fleet = newest("fleet-20*.json")
-    for name, write in SECTIONS.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        head, found, rest = page.partition(begin)
-        if found:
-            tail = rest.partition(end)[2]
-            page = f"{head}{begin}\n\n{write(fleet)}\n\n{end}{tail}"
-    return page
-
-
-def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
-    parser.add_argument("--page", type=Path, default=PAGE)
-    options = parser.parse_args()
-    text = options.page.read_text(encoding="utf-8")
-    new = filled(text)
-    if not options.check:
-        options.page.write_text(new, encoding="utf-8")
-    elif new != text:
-        print(f"{options.page.name} is out of date: run python -m benchmarks.fleet.tables")
-        return 1
-    return 0
+    fleet = newest("fleet")
+    sections = {name: functools.partial(write, fleet) for name, write in SECTIONS.items()}
+    return pages.filled(page, sections)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pages.main(__doc__, "benchmarks.fleet.tables", PAGE, filled))

@@ -7,14 +7,15 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from benchmarks import pages
 from benchmarks.chart import CHECKPOINTS, newest
 from benchmarks.harness import RESULTS, ROOT
+from benchmarks.pages import table
 from benchmarks.peers.engines import FORMATS, LEVELS
 from benchmarks.peers.ranking import is_ours
 
@@ -54,20 +55,20 @@ def section(level: str) -> str:
     for checkpoint, found in result["checkpoints"].items():
         figures = {key: found["figures"][key] for key in COLUMNS if key in found["figures"]}
         title = CHECKPOINTS.get(checkpoint, checkpoint)
-        parts += [medians_table(title, figures), ratios_table(title, figures)]
+        parts += [medianstable(title, figures), ratiostable(title, figures)]
     return "\n\n".join(part for part in parts if part)
 
 
-def medians_table(title: str, figures: Mapping[str, Any]) -> str:
+def medianstable(title: str, figures: Mapping[str, Any]) -> str:
     """A row for each engine, a column for each figure; the best of a column is bold."""
     rows = []
     for engine in _engines(figures):
         cells = [_median(figure, engine) for figure in figures.values()]
         rows.append([engine_name(engine), *cells])
-    return _table([title, *(COLUMNS[key] for key in figures)], rows)
+    return table([title, *(COLUMNS[key] for key in figures)], rows)
 
 
-def ratios_table(title: str, figures: Mapping[str, Any]) -> str:
+def ratiostable(title: str, figures: Mapping[str, Any]) -> str:
     """How many times as good ours is as the best other engine with weights of the same size."""
     rows = []
     for engine in filter(is_ours, _engines(figures)):
@@ -75,7 +76,7 @@ def ratios_table(title: str, figures: Mapping[str, Any]) -> str:
         if any(cells):
             rows.append([engine_name(engine), *cells])
     head = [f"{title}: times the best other of its size", *(_bare(key) for key in figures)]
-    return _table(head, rows) if rows else ""
+    return table(head, rows) if rows else ""
 
 
 def engine_name(engine: str) -> str:
@@ -121,11 +122,6 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def _conditions(result: Mapping[str, Any]) -> str:
     settings, machine = result["settings"], result["machine"]
     versions = ", ".join(sorted(set(result["engines"].values())))
@@ -137,30 +133,9 @@ def _conditions(result: Mapping[str, Any]) -> str:
 
 def filled(page: str) -> str:
     """The page with the sections between their marks written anew."""
-    for level in LEVELS:
-        begin, end = f"<!-- peers-{level} -->", f"<!-- end of peers-{level} -->"
-        head, found, rest = page.partition(begin)
-        if found:
-            tail = rest.partition(end)[2]
-            page = f"{head}{begin}\n\n{section(level)}\n\n{end}{tail}"
-    return page
-
-
-def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
-    parser.add_argument("--page", type=Path, default=PAGE)
-    options = parser.parse_args()
-    text = options.page.read_text(encoding="utf-8")
-    new = filled(text)
-    if not options.check:
-        options.page.write_text(new, encoding="utf-8")
-    elif new != text:
-        print(f"{options.page.name} is out of date: run python -m benchmarks.peers.tables")
-        return 1
-    return 0
+    sections = {f"peers-{level}": functools.partial(section, level) for level in LEVELS}
+    return pages.filled(page, sections)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pages.main(__doc__, "benchmarks.peers.tables", PAGE, filled))
