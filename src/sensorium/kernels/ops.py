@@ -50,10 +50,9 @@ CPU_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 DECODER_KERNELS = (
     elementwise.build_norm,
     elementwise.build_silu_mul,
-    elementwise.build_peaks,
-    elementwise.build_place,
-    elementwise.build_doubts,
+    choice.build_peaks,
     choice.build_choice,
+    choice.build_doubts,
 )
 FLOAT_CACHE_KERNELS = (rotary.build_rope_write, causal.build_attend)
 INT8_CACHE_KERNELS = (quantized.build_rope_write, quantized.build_attend)
@@ -354,7 +353,7 @@ def choose_tokens(logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     It is the index of the largest logit, or -1 minus it for a doubtful row. logits (N, V) and
     hidden (N, H) are on the CPU, contiguous and of one of its dtypes.
     """
-    return choice.choose(logits, hidden)
+    return choice.argmax(logits, choice.find_doubts(logits, hidden))
 
 
 def products() -> str:
@@ -417,7 +416,7 @@ def varlen_attention(
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """Index (N,) int64 of the largest logit of each row (N, V), the first of equals."""
     if _on_cpu(logits):
-        return elementwise.argmax(logits.contiguous())
+        return choice.argmax(logits.contiguous())
     return reference.argmax(logits)
 
 
@@ -427,7 +426,7 @@ def doubtful_rows(logits: torch.Tensor, hidden: torch.Tensor) -> list[int]:
     Rows whose first and last logit are equal are among them, too: all of theirs may be.
     """
     if _on_cpu(logits) and logits.dtype == hidden.dtype:
-        return elementwise.doubtful_rows(logits.contiguous(), hidden.contiguous())
+        return choice.doubtful_rows(logits.contiguous(), hidden.contiguous())
     return reference.doubtful_rows(logits, hidden)
 
 

@@ -1,4 +1,4 @@
-"""Small operations between linear layers, each in one pass: norms, SiLU, argmax.
+"""Small operations between linear layers, each in one pass: norms, SiLU, the order of columns.
 
 Tasks are rows, or parts of rows. Work below ``SERIAL_ELEMENTS`` runs on the calling thread: opening
 a parallel region costs as much as some ten thousand elements.
@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from numba import types
 
@@ -34,11 +33,9 @@ from sensorium.kernels.cpu.numeric import (
     fetch_add,
     fma,
     largest,
-    load,
     load16,
     load_part,
     njit,
-    peak,
     pointer,
     shifted,
     splat,
@@ -48,11 +45,9 @@ from sensorium.kernels.cpu.numeric import (
 )
 
 SERIAL_ELEMENTS = 8192
-ARGMAX_PART = 2048
 COLUMNS_PART = 4096
 """Elements of a row that a task puts in order."""
 SILU_PART = 2048
-DOUBTS_PART = 16384
 
 Build = Callable[[Any], Callable[[Any], None]]
 
@@ -266,81 +261,6 @@ def quick_gelu_(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-# -- argmax -------------------------------------------------------------------------------------
-
-
-@njit(**INLINE)
-def block_peak(row: Any, size: Any) -> Any:
-    """Return the largest of ``size`` elements."""
-    best = splat(f32(-3.4e38))
-    full = size - size % WIDTH
-    for i in range(0, full, WIDTH):
-        best = largest(load16(row, i), best)
-    result = peak(best)
-    for i in range(full, size):
-        result = max(result, load(row, i))
-    return result
-
-
-def build_peaks(element: Any) -> Callable[[Any], None]:
-    """Build the kernel that finds the largest logit of each task.
-
-    args: logits, vocabulary size, elements of a task, tasks of a row, peaks (float32).
-    """
-
-    def peaks(args: Any) -> None:
-        vocab, part, per_row = args[4], args[5], args[6]
-        out = pointer(args[7], types.float32)
-        while True:
-            task = fetch_add(args, 0, 1)
-            if task >= args[2]:
-                break
-            row, first = task // per_row, task % per_row * part
-            logits = shifted(pointer(args[3], element), row * vocab + first)
-            out[task] = block_peak(logits, min(part, vocab - first))
-
-    return peaks
-
-
-def build_place(element: Any) -> Callable[[Any], None]:
-    """Build the kernel that finds the first logit that equals the first highest peak.
-
-    args: those of ``build_peaks``, then places (int64).
-    """
-
-    def place(args: Any) -> None:
-        vocab, part, per_row = args[4], args[5], args[6]
-        out = pointer(args[8], types.int64)
-        while True:
-            row = fetch_add(args, 0, 1)
-            if row >= args[2]:
-                break
-            peaks = shifted(pointer(args[7], types.float32), row * per_row)
-            winner = 0
-            for i in range(1, per_row):
-                if peaks[i] > peaks[winner]:
-                    winner = i
-            logits = shifted(pointer(args[3], element), row * vocab)
-            index, last = winner * part, min((winner + 1) * part, vocab) - 1
-            while index < last and load(logits, index) != peaks[winner]:
-                index += 1
-            out[row] = index
-
-    return place
-
-
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Compute ``reference.argmax`` for contiguous logits."""
-    num_rows, vocab = logits.shape
-    per_row = -(-vocab // ARGMAX_PART)
-    peaks = torch.empty((num_rows, per_row), dtype=torch.float32)
-    places = torch.empty(num_rows, dtype=torch.int64)
-    values = (logits.data_ptr(), vocab, ARGMAX_PART, per_row, peaks.data_ptr(), places.data_ptr())
-    launch(kernel(build_peaks, logits.dtype), pack(num_rows * per_row, *values), num_rows * vocab)
-    launch(kernel(build_place, logits.dtype), pack(num_rows, *values), num_rows * ARGMAX_PART)
-    return places
-
-
 # -- order of columns ---------------------------------------------------------------------------
 
 
@@ -388,57 +308,3 @@ def bind_columns(order: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Ten
         return out
 
     return columns
-
-
-# -- checks -------------------------------------------------------------------------------------
-
-
-@njit(**INLINE)
-def is_finite(row: Any, size: Any) -> Any:
-    """Return whether none of ``size`` elements is infinite or NaN."""
-    none, sums = splat(f32(0.0)), splat(f32(0.0))
-    full = size - size % WIDTH
-    for i in range(0, full, WIDTH):
-        sums = fma(load16(row, i), none, sums)
-    if full < size:
-        sums = fma(load_part(row, full, size - full), none, sums)
-    return total(sums) == f32(0.0)
-
-
-def build_doubts(element: Any) -> Callable[[Any], None]:
-    """Build the kernel that looks for rows with numbers that are not finite, or that may be equal.
-
-    args: logits, vocabulary size, elements of a task, tasks of a row, hidden states, their size,
-    results (int64, one a task).
-    """
-
-    def doubts(args: Any) -> None:
-        vocab, part, per_row, size = args[4], args[5], args[6], args[8]
-        out = pointer(args[9], types.int64)
-        while True:
-            task = fetch_add(args, 0, 1)
-            if task >= args[2]:
-                break
-            row, first = task // per_row, task % per_row * part
-            logits = shifted(pointer(args[3], element), row * vocab)
-            sound = is_finite(shifted(logits, first), min(part, vocab - first))
-            if first == 0:
-                hidden = shifted(pointer(args[7], element), row * size)
-                ends_differ = load(logits, 0) != load(logits, vocab - 1)
-                sound = sound and ends_differ and is_finite(hidden, size)
-            out[task] = 0 if sound else 1
-
-    return doubts
-
-
-def doubtful_rows(logits: torch.Tensor, hidden: torch.Tensor) -> list[int]:
-    """Compute ``reference.doubtful_rows`` for contiguous tensors of one dtype."""
-    num_rows, vocab = logits.shape
-    per_row = -(-vocab // DOUBTS_PART)
-    found = torch.empty((num_rows, per_row), dtype=torch.int64)
-    size = hidden.shape[1]
-    values = (logits.data_ptr(), vocab, DOUBTS_PART, per_row, hidden.data_ptr(), size)
-    args = pack(num_rows * per_row, *values, found.data_ptr())
-    launch(kernel(build_doubts, logits.dtype), args, num_rows * vocab)
-    rows: list[int] = np.flatnonzero(found.numpy().any(axis=1)).tolist()
-    return rows
