@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,8 +173,7 @@ def _copy(system: Any, place: str, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with system.open(place, "rb") as file, unfinished.open("wb") as target:
-            while piece := file.read(_COPY_BYTES):
-                target.write(piece)
+            shutil.copyfileobj(file, target, _COPY_BYTES)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -202,8 +202,7 @@ def _deliver(path: Path, name: str, *, is_table: bool) -> None:
             tables.write_table(path, target)
         else:
             with path.open("rb") as file:
-                while piece := file.read(_COPY_BYTES):
-                    target.write(piece)
+                shutil.copyfileobj(file, target, _COPY_BYTES)
 
 
 def _opened(name: str) -> tuple[Any, str]:

@@ -113,7 +113,7 @@ class Router:
         for id in wanted:
             if id not in self._replicas:
                 replica = Replica(id, self._num_seen)
-                replica.num_sent = self._num_sent / max(1, len(self._healthy))
+                replica.num_sent = self._mean_sent
                 self._num_seen += 1
                 self._replicas[id] = self._by_number[replica.number] = replica
         self._set_healthy()
@@ -197,19 +197,26 @@ class Router:
         self._total_wait = sum(self._replicas[id].estimate(self.costs) for id in self._healthy)
         self._share_out()
 
+    @property
+    def _mean_sent(self) -> float:
+        return self._num_sent / max(1, len(self._healthy))
+
     def _share_out(self) -> None:
-        """Compute how many of the latest requests a replica may have: the mean, and its noise."""
+        """Take up again how many of the latest requests a replica may have."""
         self._num_sent = sum(self._replicas[id].num_sent for id in self._healthy)
-        mean = self._num_sent / max(1, len(self._healthy))
+        self._set_fair_share()
+
+    def _set_fair_share(self) -> None:
+        """Compute how many of the latest requests a replica may have: the mean, and its noise."""
+        mean = self._mean_sent
         self._fair_share = mean + math.sqrt(mean) + 2
 
     def _count_sent(self, replica: Replica) -> None:
         """Count a request for the balance; the older half of them counts half."""
         replica.num_sent += 1
         self._num_sent += 1
-        mean = self._num_sent / max(1, len(self._healthy))
-        self._fair_share = mean + math.sqrt(mean) + 2
-        if mean > LATEST:
+        self._set_fair_share()
+        if self._mean_sent > LATEST:
             for each in self._replicas.values():
                 each.num_sent /= 2
             self._share_out()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from sensorium.config import EngineConfig, engine_config
 from sensorium.errors import ConfigError
 from sensorium.ray.cluster import require_ray
 from sensorium.ray.data.prompts import READ, PromptAnswer, PromptPreparation
-from sensorium.ray.data.stages import COLUMN, Pool, Row, gpus_of, through_stages
+from sensorium.ray.data.stages import COLUMN, Pool, Row, gpus_of, packed, through_stages, unpacked
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -139,7 +138,7 @@ def _packed(given: dict[str, Any], change: Change | None) -> dict[str, bytes]:
     seen = dict(change(dict(row))) if change is not None else row
     work = {name: value for name, value in seen.items() if name in READ}
     kept = row | {name: value for name, value in seen.items() if name not in READ}
-    return {COLUMN: pickle.dumps(Row(work or dict.fromkeys(seen), kept))}
+    return {COLUMN: packed(Row(work or dict.fromkeys(seen), kept))}
 
 
 def _plain(value: Any) -> Any:
@@ -158,6 +157,6 @@ def _plain(value: Any) -> Any:
 
 def _unpacked(row: Mapping[str, bytes], change: Change | None) -> dict[str, Any]:
     """Return the row of the result."""
-    packed: Row = pickle.loads(row[COLUMN])
-    columns = {**packed.given, **(packed.result or _LOST)}
+    done = unpacked(row[COLUMN])
+    columns = {**done.given, **(done.result or _LOST)}
     return columns if change is None else dict(change(columns))

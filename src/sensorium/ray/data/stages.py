@@ -82,17 +82,28 @@ class Pool:
         return max(1, math.ceil(self.rows / self.batch_size))
 
 
+def packed(row: Row) -> bytes:
+    """Return a row as a cell of a table."""
+    return pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
+
+
+def unpacked(cell: Any) -> Row:
+    """Return the row in a cell, which is anything with the interface of buffers."""
+    row: Row = pickle.loads(cell)
+    return row
+
+
 def table_of(rows: Sequence[Row]) -> pyarrow.Table:
     """Return rows as a table of one column."""
     import pyarrow
 
-    packed = [pickle.dumps(row, pickle.HIGHEST_PROTOCOL) for row in rows]
-    return pyarrow.table({COLUMN: pyarrow.array(packed, pyarrow.large_binary())})
+    cells = [packed(row) for row in rows]
+    return pyarrow.table({COLUMN: pyarrow.array(cells, pyarrow.large_binary())})
 
 
 def rows_of(table: pyarrow.Table) -> list[Row]:
     """Return the rows of a table."""
-    return [pickle.loads(cell.as_buffer()) for cell in table.column(COLUMN)]
+    return [unpacked(cell.as_buffer()) for cell in table.column(COLUMN)]
 
 
 class Attempts:

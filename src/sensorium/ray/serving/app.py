@@ -84,16 +84,23 @@ def application(config: ServedConfig, resources: Resources, owner: str = "") -> 
         name=SERVER,
         num_replicas=server.api_server_count,
         max_ongoing_requests=MOST_REQUESTS,
-        graceful_shutdown_timeout_s=server.shutdown_timeout + DRAIN_SPARE,
-        graceful_shutdown_wait_loop_s=0.2,
-        health_check_period_s=HEALTH_SECONDS,
-        health_check_timeout_s=HEALTH_TIMEOUT,
-        max_constructor_retry_count=STARTS,
-        logging_config=QUIET,
+        **_lives(server),
         ray_actor_options={"num_cpus": resources.server_cpus},
     )
     served = ServedConfig(engine=config.engine, server=server)
     return deployment.bind(served, engines, owner or secrets.token_hex(8))
+
+
+def _lives(server: ServerConfig) -> dict[str, Any]:
+    """Return how replicas of both kinds start, prove that they live, and end."""
+    return {
+        "graceful_shutdown_timeout_s": server.shutdown_timeout + DRAIN_SPARE,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "health_check_period_s": HEALTH_SECONDS,
+        "health_check_timeout_s": HEALTH_TIMEOUT,
+        "max_constructor_retry_count": STARTS,
+        "logging_config": QUIET,
+    }
 
 
 def check(config: ServedConfig) -> None:
@@ -113,12 +120,7 @@ def _engines(config: EngineConfig, server: ServerConfig, resources: Resources) -
         Engine,
         name=ENGINE,
         max_ongoing_requests=scheduler.max_num_seqs + scheduler.max_num_waiting,
-        graceful_shutdown_timeout_s=server.shutdown_timeout + DRAIN_SPARE,
-        graceful_shutdown_wait_loop_s=0.2,
-        health_check_period_s=HEALTH_SECONDS,
-        health_check_timeout_s=HEALTH_TIMEOUT,
-        max_constructor_retry_count=STARTS,
-        logging_config=QUIET,
+        **_lives(server),
         ray_actor_options={
             "num_cpus": resources.engine_cpus,
             "num_gpus": resources.engine_gpus,
