@@ -143,9 +143,9 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"launch"},
     ),
     "ray": (
-        {"cluster", "extra", "messages"},
+        {"cluster", "extra", "tasks"},
         {"media"},
-        {"data", "serving", "encoders"},
+        {"data", "serving"},
     ),
     "cli": (
         {

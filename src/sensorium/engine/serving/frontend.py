@@ -47,6 +47,30 @@ STATS_SECONDS = 2.0
 """Timeout of a request for the engine's counters, which it answers between two steps."""
 
 
+async def started(engine: Engines, new_processor: Callable[[], InputProcessor]) -> InputProcessor:
+    """Start engines, and return the input processor that is made meanwhile and knows their facts.
+
+    ``new_processor`` is called in another thread. Raises ConfigError when either cannot be had;
+    nothing is left of both then.
+    """
+    starting = asyncio.create_task(engine.start())
+    # Reading the tokenizer goes on while the engine's process loads the weights.
+    making = asyncio.create_task(asyncio.to_thread(new_processor))
+    try:
+        input_processor = await asyncio.shield(making)
+        await starting
+        engine.watch(input_processor.set_facts)
+    except BaseException:
+        starting.cancel()
+        # A thread cannot be cancelled: what it makes is closed when it is whole.
+        _, made = await asyncio.gather(starting, making, return_exceptions=True)
+        await engine.stop()
+        if not isinstance(made, BaseException):
+            made.close()
+        raise
+    return input_processor
+
+
 class Frontend:
     """Prepares prompts in this process and runs them on an engine in another.
 
@@ -96,28 +120,18 @@ class Frontend:
         options = config.observability
         tracer = tracing.Tracer(options.trace_dir, options.otlp_traces_endpoint, config.model.model)
         engine = engine or EngineSupervisor(config, process)
-        starting = asyncio.create_task(engine.start())
-        # Reading the tokenizer goes on while the engine's process loads the weights.
-        making = asyncio.create_task(
-            asyncio.to_thread(
-                InputProcessor,
+
+        def new_processor() -> InputProcessor:
+            return InputProcessor(
                 config,
                 trust_request_chat_template=trust_request_chat_template,
                 shared=True,
                 package_files=package_files,
             )
-        )
+
         try:
-            input_processor = await asyncio.shield(making)
-            await starting
-            engine.watch(input_processor.set_facts)
+            input_processor = await started(engine, new_processor)
         except BaseException:
-            starting.cancel()
-            # A thread cannot be cancelled: what it makes is closed when it is whole.
-            _, made = await asyncio.gather(starting, making, return_exceptions=True)
-            await engine.stop()
-            if not isinstance(made, BaseException):
-                made.close()
             tracer.close()
             raise
         frontend = cls(config, input_processor, engine, tracer)

@@ -7,7 +7,6 @@ the same limits and errors as on one machine, and media are loaded where no engi
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,15 +21,12 @@ from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import ChatPrompt, PreparedPrompt, Prompt
 from sensorium.engine.serving.client import OutputQueue
-from sensorium.engine.serving.frontend import Frontend
+from sensorium.engine.serving.frontend import Frontend, started
 from sensorium.engine.serving.supervisor import EngineSupervisor
 from sensorium.engine.stats import EngineFacts, EngineStats
-from sensorium.errors import OverloadedError
 from sensorium.models.registry import resolve
-from sensorium.multimodal.cache.features import FeatureCache
-from sensorium.multimodal.items import MediaItem
-from sensorium.multimodal.shared_memory import SharedArraysFolder
-from sensorium.multimodal.workers.decode_worker import NO_ROOM
+from sensorium.multimodal.items import Features, MediaItem
+from sensorium.ray.media.copies import FeatureCopies
 
 _NO_EMBEDDING = np.ones(1, "<f4").tobytes()
 
@@ -84,16 +80,12 @@ class ReadyProcessor(InputProcessor):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config, trust_request_chat_template=True, shared=True, package_files=True)
-        self._folder_of_items = SharedArraysFolder()
-        most = min(
-            int(config.cache.mm_processor_cache_gb * GIB), self._folder_of_items.capacity_bytes
-        )
-        self._kept = FeatureCache(most)
+        self._copies = FeatureCopies(int(config.cache.mm_processor_cache_gb * GIB))
 
     def close(self) -> None:
         """See ``InputProcessor.close``."""
         super().close()
-        self._folder_of_items.close()
+        self._copies.close()
 
     async def prepare(self, prompt: Prompt) -> PreparedPrompt:
         """See ``InputProcessor.prepare``."""
@@ -109,15 +101,11 @@ class ReadyProcessor(InputProcessor):
 
     async def _shared(self, item: MediaItem) -> MediaItem:
         """Return an item whose features the engine can open, once by digest."""
-        features = self._kept.get(item.digest)
-        if features is None:
-            try:
-                arrays = await asyncio.to_thread(self._folder_of_items.write, item.features.arrays)
-            except OSError as error:
-                self._kept.clear()
-                raise OverloadedError(NO_ROOM) from error
-            features = dataclasses.replace(item.features, arrays=arrays)
-            self._kept.put(item.digest, features)
+
+        async def own() -> Features:
+            return item.features
+
+        features = await self._copies.get(item.digest, own)
         return dataclasses.replace(item, features=features)
 
 
@@ -131,19 +119,7 @@ def preparing_frontend(config: EngineConfig) -> Frontend:
 async def engine_frontend(config: EngineConfig) -> Frontend:
     """Start an engine, and return its frontend. Raises ConfigError."""
     engine = EngineSupervisor(config)
-    starting = asyncio.create_task(engine.start())
-    making = asyncio.create_task(asyncio.to_thread(ReadyProcessor, config))
-    try:
-        processor = await asyncio.shield(making)
-        await starting
-    except BaseException:
-        starting.cancel()
-        _, made = await asyncio.gather(starting, making, return_exceptions=True)
-        await engine.stop()
-        if isinstance(made, InputProcessor):
-            made.close()
-        raise
-    engine.watch(processor.set_facts)
+    processor = await started(engine, lambda: ReadyProcessor(config))
     return Frontend(config, processor, engine)
 
 

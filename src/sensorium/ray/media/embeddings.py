@@ -26,6 +26,7 @@ from sensorium.config import EngineConfig
 from sensorium.engine.serving.client import EngineClient
 from sensorium.models.loading import checkpoint
 from sensorium.models.loading.weight_files import content_of
+from sensorium.ray.tasks import own_task
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class SharedEmbeddings:
         for digest in digests:
             if digest not in self._known and len(self._offers) < MOST_OFFERS:
                 self._remember(digest)
-                task = asyncio.create_task(self._offer(digest, client))
+                task = own_task(self._offer(digest, client))
                 self._offers.add(task)
                 task.add_done_callback(self._offers.discard)
 

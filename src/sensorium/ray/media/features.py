@@ -8,36 +8,28 @@ on the same machine, and writes it into shared memory, from where the engine's p
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import ray
 
 from sensorium.multimodal.items import EMBEDS_DTYPE, Features, MediaItem
-from sensorium.multimodal.shared_memory import SharedArraysFolder
+from sensorium.ray.media.copies import FeatureCopies
 from sensorium.ray.media.embeddings import SharedEmbeddings
+from sensorium.ray.tasks import own_task
 
-Kind = tuple[bytes, bool]
-"""Digest of an item, and if embeddings of another replica may stand for its features."""
+_SHARED = b"shared"
+"""Ends the key of features for which embeddings of another replica may stand."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeaturesRef:
-    """Features of an item, with a reference to their arrays (a mapping of names) in place of them.
+    """An item without its arrays, and a reference to them: a mapping of names."""
 
-    Attributes as of ``MediaItem`` and ``Features``; ``num_bytes`` of all arrays together.
-    """
-
-    digest: bytes
-    modality: str
-    num_embeds: int
-    num_bytes: int
-    meta: dict[str, Any]
-    precomputed: bool
+    item: MediaItem
     arrays: ray.ObjectRef
 
 
@@ -74,12 +66,8 @@ class FeaturesIn:
     """
 
     def __init__(self, most_bytes: int, shared: SharedEmbeddings | None = None) -> None:
-        self._most_bytes = most_bytes
         self._shared = shared
-        self._folder = SharedArraysFolder()
-        self._kept: OrderedDict[Kind, MediaItem] = OrderedDict()
-        self._num_bytes = 0
-        self._loading: dict[Kind, asyncio.Task[MediaItem]] = {}
+        self._copies = FeatureCopies(most_bytes)
 
     async def items(
         self, references: Sequence[FeaturesRef], wanted: Sequence[bytes]
@@ -89,65 +77,42 @@ class FeaturesIn:
         ``wanted``: the digest of each item's embeddings, which differs from the item's own where
         an adapter changes the encoder. Those are not shared.
 
-        Raises OSError when there is no room for them, ray.exceptions.RayError when one is lost.
+        Raises OverloadedError when there is no room for them, ray.exceptions.RayError when one is
+        lost.
         """
         pairs = zip(references, wanted, strict=True)
-        return [await self._item(ref, ref.digest == digest) for ref, digest in pairs]
+        return [await self._item(ref, ref.item.digest == digest) for ref, digest in pairs]
 
     def close(self) -> None:
         """Remove the shared memory."""
-        self._folder.close()
+        self._copies.close()
 
     async def _item(self, reference: FeaturesRef, shareable: bool) -> MediaItem:
-        kind = reference.digest, shareable and self._shared is not None
-        kept = self._kept.get(kind)
-        if kept is not None:
-            self._kept.move_to_end(kind)
-            return kept
-        task = self._loading.get(kind)
-        if task is None:
-            task = self._loading[kind] = asyncio.create_task(self._load(reference, kind))
-            task.add_done_callback(lambda _: self._loading.pop(kind, None))
-        return await asyncio.shield(task)
+        item = reference.item
+        shareable = shareable and not item.features.precomputed
+        key = item.digest + _SHARED if shareable else item.digest
 
-    async def _load(self, reference: FeaturesRef, kind: Kind) -> MediaItem:
-        arrays, meta, precomputed = None, reference.meta, reference.precomputed
-        if self._shared is not None and kind[1] and not precomputed:
-            found = await self._shared.find(reference.digest)
+        async def load() -> Features:
+            # Others may wait for it, too, when the request that came first has gone.
+            return await own_task(self._load(reference, shareable))
+
+        features = await self._copies.get(key, load)
+        return dataclasses.replace(item, features=features)
+
+    async def _load(self, reference: FeaturesRef, shareable: bool) -> Features:
+        features = reference.item.features
+        if self._shared is not None and shareable:
+            found = await self._shared.find(reference.item.digest)
             if found is not None:
                 bits, dtype = found
-                arrays, meta, precomputed = {"embeds": bits}, {EMBEDS_DTYPE: dtype}, True
-        if arrays is None:
-            arrays = await reference.arrays
-        shared = await asyncio.to_thread(self._folder.write, arrays)
-        features = Features(
-            modality=reference.modality,  # type: ignore[arg-type]
-            arrays=shared,
-            num_embeds=reference.num_embeds,
-            meta=meta,
-            precomputed=precomputed,
-        )
-        item = MediaItem(reference.modality, reference.digest, features)  # type: ignore[arg-type]
-        self._keep(kind, item)
-        return item
-
-    def _keep(self, kind: Kind, item: MediaItem) -> None:
-        self._kept[kind] = item
-        self._num_bytes += item.features.num_bytes
-        while self._num_bytes > self._most_bytes and self._kept:
-            _, oldest = self._kept.popitem(last=False)
-            self._num_bytes -= oldest.features.num_bytes
+                return dataclasses.replace(
+                    features, arrays={"embeds": bits}, meta={EMBEDS_DTYPE: dtype}, precomputed=True
+                )
+        return dataclasses.replace(features, arrays=await reference.arrays)
 
 
 def _put(item: MediaItem) -> FeaturesRef:
     features = item.features
     arrays = {name: np.ascontiguousarray(features.arrays[name]) for name in features.arrays}
-    return FeaturesRef(
-        digest=item.digest,
-        modality=features.modality,
-        num_embeds=features.num_embeds,
-        num_bytes=features.num_bytes,
-        meta=dict(features.meta),
-        precomputed=features.precomputed,
-        arrays=ray.put(arrays),
-    )
+    bare = dataclasses.replace(features, arrays={}, meta=dict(features.meta))
+    return FeaturesRef(dataclasses.replace(item, features=bare), ray.put(arrays))

@@ -77,16 +77,20 @@ class Engine:
         """
         queue: OutputQueue = asyncio.Queue()
         offset = clock.offset()
+        submit = wire.decode_to_engine(message)
+        assert isinstance(submit, wire.Submit)
+        request = _at_home(submit.request, offset)
+        wanted = [item.digest for item in request.items]
         try:
             client = self._supervisor.current()
-            submit = wire.decode_to_engine(message)
-            assert isinstance(submit, wire.Submit)
-            request = _at_home(submit.request, offset)
-            wanted = [item.digest for item in request.items]
             items = await self._features.items(features, wanted)
             client.submit(request, items, queue)
         except errors.EngineDeadError:
             yield NOT_TAKEN + self._id.encode()
+            return
+        except errors.SensoriumError as error:
+            yield TAKEN
+            yield wire.encode(_refused(request.request_id, error))
             return
         try:
             yield TAKEN
@@ -188,11 +192,12 @@ def _messages(
     if updates:
         ended = updates[-1].finish_reason is not None
         found.append((wire.encode(wire.Updates(updates)), ended))
-    for one in news:
-        if isinstance(one, errors.SensoriumError):
-            refused = wire.Refused(request_id, one.message, one.code, one.param)
-            found.append((wire.encode(refused), True))
-    return found
+    refused = (_refused(request_id, one) for one in news if isinstance(one, errors.SensoriumError))
+    return found + [(wire.encode(message), True) for message in refused]
+
+
+def _refused(request_id: str, error: errors.SensoriumError) -> wire.Refused:
+    return wire.Refused(request_id, error.message, error.code, error.param)
 
 
 def _by_clock(update: SequenceUpdate, offset: float) -> SequenceUpdate:

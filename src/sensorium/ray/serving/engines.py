@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import dataclasses
 import logging
 import secrets
@@ -26,6 +25,7 @@ from sensorium.multimodal.items import MediaItem
 from sensorium.ray.media.features import FeaturesOut
 from sensorium.ray.serving.fleet import Fleet, ReplicaReport, common_facts, fleet_of
 from sensorium.ray.serving.messages import NOT_TAKEN, TAKEN, Clock, Ticket
+from sensorium.ray.tasks import own_task
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +89,7 @@ class RayEngines:
     ) -> None:
         """Send a sequence to the replica that the router chooses."""
         running = self._run(request, tuple(items), output_queue)
-        # In a context of its own: Ray Serve gives all calls of one HTTP request the same id, and
-        # its router takes two of them that wait at a time for one.
-        task = asyncio.create_task(running, context=contextvars.Context())
-        self._tasks[request.request_id] = task
+        self._tasks[request.request_id] = own_task(running)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """End sequences; ids of ended ones are ignored."""

@@ -1,0 +1,59 @@
+"""Features that come to a replica by references, or embeddings of another replica in their place."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+
+from sensorium.multimodal.items import EMBEDS_DTYPE, Features, MediaItem
+from sensorium.ray.media.features import FeaturesIn, FeaturesRef
+
+BITS = np.arange(8, dtype=np.uint8).reshape(2, 4)
+
+
+class Shared:
+    """Embeddings of other replicas: of one item."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+
+    async def find(self, digest: bytes) -> tuple[np.ndarray, str] | None:
+        self.asked.append(digest)
+        return (BITS, "bfloat16") if digest == b"known" else None
+
+
+def reference(digest: bytes, *, precomputed: bool = False) -> Any:
+    arrays = asyncio.get_running_loop().create_future()
+    arrays.set_result({"pixels": np.full(4, 9, np.uint8)})
+    features = Features("image", {}, 2, {"size": 3}, precomputed)
+    return FeaturesRef(MediaItem("image", digest, features), arrays)
+
+
+async def test_items_come_from_where_they_are_cheapest() -> None:
+    shared: Any = Shared()
+    incoming = FeaturesIn(1000, shared)
+    references = [reference(b"known"), reference(b"new"), reference(b"given", precomputed=True)]
+    known, new, given = await incoming.items(references, [b"known", b"new", b"given"])
+    assert (known.digest, known.features.precomputed) == (b"known", True)
+    assert known.features.meta == {EMBEDS_DTYPE: "bfloat16"}
+    assert known.features.arrays["embeds"].tolist() == BITS.tolist()
+    assert (new.features.precomputed, new.features.meta) == (False, {"size": 3})
+    assert new.features.arrays["pixels"].tolist() == [9] * 4
+    assert given.features.precomputed
+    assert shared.asked == [b"known", b"new"]
+    await incoming.items(references, [b"known", b"new", b"given"])
+    assert shared.asked == [b"known", b"new"], "they are kept"
+    incoming.close()
+
+
+async def test_embeddings_are_not_those_of_an_adapter_in_the_encoder() -> None:
+    shared: Any = Shared()
+    incoming = FeaturesIn(1000, shared)
+    [plain] = await incoming.items([reference(b"known")], [b"known"])
+    [adapted] = await incoming.items([reference(b"known")], [b"known, with an adapter"])
+    assert plain.features.precomputed
+    assert not adapted.features.precomputed
+    assert adapted.features.arrays["pixels"].tolist() == [9] * 4
+    incoming.close()
