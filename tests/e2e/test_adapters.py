@@ -15,7 +15,7 @@ from sensorium.errors import ConfigError, InvalidRequestError, ModelNotFoundErro
 from tests import checkpoints
 from tests.checkpoints.adapters import linear_names, make_adapter, merged
 from tests.e2e.test_invariance import FAMILIES, bits, make_prompts
-from tests.parts import Parts, build_llm
+from tests.parts import Parts, build_llm, build_patient
 
 ROOM = {"num_kv_blocks": 300, "block_size": 16, "max_model_len": 512, "max_num_seqs": 32}
 ENABLED = {**ROOM, "enable_lora": True, "dtype": "float32"}
@@ -108,7 +108,7 @@ def test_three_adapters_in_a_batch_give_what_each_gives_alone(
     """Sixteen prompts, some without an adapter; equal to the bit, in chunks and preempted, too."""
     prompts = make_prompts("", "", 16)
     own = [(None, *adapters)[index % 4] for index in range(16)]
-    with build_llm(base, **{**ENABLED, **options}) as parts:
+    with build_patient(base, **{**ENABLED, **options}) as parts:
         together = answers(parts.llm, prompts, own)
         preempted = parts.llm.stats().num_preemptions
     with build_llm(base, **{**ENABLED, "dtype": options["dtype"]}, **_format(options)) as parts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +139,34 @@ def test_a_number_that_is_not_finite_fails_its_sequence_alone(parts: Parts) -> N
     finally:
         table[spoilt] = kept
         parts.engine.reset()
+
+
+def test_steps_beyond_a_window_are_built_plainly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept once where they cannot be moved on, and until the next sequences not again."""
+    folder = checkpoints.make_text("mistral", tmp_path, sliding_window=40)
+    kept: list[int] = []
+    steps_left = ops.steps_left
+
+    def noted(lengths: Iterable[int]) -> int:
+        kept.append(steps_left(lengths))
+        return kept[-1]
+
+    monkeypatch.setattr(ops, "steps_left", noted)
+    params = GREEDY.replace(max_tokens=150)
+    with build_patient(folder, enforce_eager=True, **OPTIONS) as parts:
+        expected = numbers(parts.llm.generate(PROMPTS[:2], params, use_tqdm=False))
+    assert not kept
+    moves = Moves(monkeypatch)
+    with build_patient(folder, **OPTIONS) as parts:
+        for _ in range(2):
+            assert numbers(parts.llm.generate(PROMPTS[:2], params, use_tqdm=False)) == expected
+    assert moves.num_moved > 40, "up to the window"
+    assert len(kept) <= 6
+
+
+def test_factors_are_computed_up_to_the_next_part() -> None:
+    assert ops.steps_left([1]) == 256
+    assert ops.steps_left([300, 255, 40]) == 2
+    assert ops.steps_left([256, 40]) == 1

@@ -33,6 +33,7 @@ from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
 from sensorium.kernels.cpu.attention.tiles import varlen as varlen_tiles
 from sensorium.kernels.cpu.decoding import advance as moving
 from sensorium.kernels.cpu.decoding import choice, lookup
+from sensorium.kernels.cpu.decoding.advance import steps_left as steps_left
 from sensorium.kernels.cpu.graph import between_launches as between_launches
 from sensorium.kernels.cpu.linear import int8, integers, levels, onednn, table
 from sensorium.kernels.cpu.linear.grouped.int4 import Int4Weight

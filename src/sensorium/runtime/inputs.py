@@ -24,7 +24,7 @@ from sensorium.models.interface import Model
 from sensorium.runtime.slots import Slot
 
 AHEAD = 64
-"""Steps for which rotary factors are computed at once, and for whose blocks there is room."""
+"""Most steps for which factors are computed at once, and for whose blocks there is room."""
 MOST_ROWS = 64
 """Most sequences of such steps; with more, what is saved is little beside the work."""
 
@@ -143,9 +143,14 @@ class _Kept:
     table: np.ndarray
     factors: np.ndarray
     ahead: np.ndarray
-    """(AHEAD, 2, T, R/2): the factors of the step after ``place`` steps."""
+    """(N, 2, T, R/2): the factors of the step after ``place`` steps, of N."""
     place: int
     num_threads: int
+
+    @property
+    def is_unmoved(self) -> bool:
+        """Return True where not even the step after it is moved on, with as many threads."""
+        return self.place == 0 and self.num_threads == torch.get_num_threads()
 
 
 class SteadyInputs:
@@ -155,10 +160,11 @@ class SteadyInputs:
         self._model, self._caches, self._invariant = model, caches, invariant
         self._kept: _Kept | None = None
         self._latest: tuple[list[Slot], list[int]] | None = None
+        self._unmoved: list[Slot] | None = None  # whose steps could not be moved on at all
 
     def clear(self) -> None:
         """Keep nothing of the step before."""
-        self._kept = self._latest = None
+        self._kept = self._latest = self._unmoved = None
 
     def of(self, pairs: Pairs) -> StepInputs:
         """Return the inputs of any step."""
@@ -168,22 +174,29 @@ class SteadyInputs:
         latest = self._latest if kept is None else (kept.slots, kept.starts)
         self._kept = self._latest = None
         if latest is not None and _follows(*latest, pairs):
-            self._kept = self._keep(pairs)
-            return self._kept.inputs
+            if kept is not None and kept.is_unmoved:
+                self._unmoved = kept.slots  # as beyond a window: the next would not move, either
+            elif (num_steps := _num_steps(pairs)) > 1:
+                self._kept = self._keep(pairs, num_steps)
+                return self._kept.inputs
         return build(pairs, self._model, self._caches, self._invariant)
 
     def decoded(self, pairs: Pairs) -> None:
         """Note that the step was one of generated tokens, which the next one may follow.
 
         Only the second step of the same sequences is kept: they may be others in every step.
+        Sequences whose steps cannot be moved on are not kept again.
         """
-        if self._kept is None and len(pairs) <= MOST_ROWS:
-            self._latest = [slot for _, slot in pairs], [span.start for span, _ in pairs]
+        if self._kept is not None or len(pairs) > MOST_ROWS:
+            return
+        slots = [slot for _, slot in pairs]
+        if slots != self._unmoved:  # slots are equal to themselves alone
+            self._latest, self._unmoved = (slots, [span.start for span, _ in pairs]), None
 
     def _advance(self, kept: _Kept, pairs: Pairs) -> bool:
         """Move the kept inputs on to this step; return False if it is another kind of step."""
         if (
-            kept.place + 1 == AHEAD
+            kept.place + 1 == len(kept.ahead)
             or kept.num_threads != torch.get_num_threads()
             or not _follows(kept.slots, kept.starts, pairs)
             or any(slot.num_blocks > kept.table.shape[1] for slot in kept.slots)
@@ -199,11 +212,11 @@ class SteadyInputs:
                 kept.table[row, : slot.num_blocks] = slot.block_ids[: slot.num_blocks]
         return True
 
-    def _keep(self, pairs: Pairs) -> _Kept:
-        """Build the inputs with memory for the next steps."""
+    def _keep(self, pairs: Pairs, num_steps: int) -> _Kept:
+        """Build the inputs with memory for so many steps, of which this is the first."""
         inputs = build(pairs, self._model, self._caches, self._invariant)
         batch, slots = inputs.batch, [slot for _, slot in pairs]
-        factors = self._factors(pairs)
+        factors = self._factors(pairs, num_steps)
         current = factors[0].copy()
         batch.cos, batch.sin = torch.from_numpy(current[0]), torch.from_numpy(current[1])
         block_size = self._caches[0].block_size if self._caches else AHEAD
@@ -216,19 +229,24 @@ class SteadyInputs:
         threads = torch.get_num_threads()
         return _Kept(inputs, slots, starts, inputs.ids.numpy(), table, current, factors, 0, threads)
 
-    def _factors(self, pairs: Pairs) -> np.ndarray:
-        """Return cos and sin (AHEAD, 2, T, R/2) of the sequences' next positions."""
-        total = AHEAD * len(pairs)
+    def _factors(self, pairs: Pairs, num_steps: int) -> np.ndarray:
+        """Return cos and sin (num_steps, 2, T, R/2) of the sequences' next positions."""
+        total = num_steps * len(pairs)
         several_axes = any(slot.positions is not None for _, slot in pairs)
         positions = np.empty((3, total) if several_axes else (total,), np.int64)
         for row, (span, slot) in enumerate(pairs):
-            own = positions[..., row * AHEAD : (row + 1) * AHEAD]
-            slot.rotary_positions(span.start, AHEAD, own)
-        lengths = [(slot.rope_length, AHEAD) for _, slot in pairs]
+            own = positions[..., row * num_steps : (row + 1) * num_steps]
+            slot.rotary_positions(span.start, num_steps, own)
+        lengths = [(slot.rope_length, num_steps) for _, slot in pairs]
         grown = any(slot.rope_length for _, slot in pairs)
         both = self._model.rotary(torch.from_numpy(positions), lengths if grown else ())
-        stacked = torch.stack(both).view(2, len(pairs), AHEAD, -1)
+        stacked = torch.stack(both).view(2, len(pairs), num_steps, -1)
         return stacked.permute(2, 0, 1, 3).contiguous().numpy()
+
+
+def _num_steps(pairs: Pairs) -> int:
+    """Return the number of steps from this one on that can be moved on, as far as is known."""
+    return min(AHEAD, ops.steps_left(span.start + 1 for span, _ in pairs))
 
 
 def _follows(slots: list[Slot], starts: list[int], pairs: Pairs) -> bool:

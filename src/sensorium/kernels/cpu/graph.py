@@ -9,8 +9,9 @@ results are the same.
 
 While a step is captured, every tensor that is allocated lies in an arena, so that the recorded
 addresses stay valid; memory that is freed in the course of the step is used again, as it would be
-otherwise. Only one step of a decoder runs at a time, so all its graphs share one memory, as large
-as the largest of them needs. An operation that is neither one of our kernels, an allocation nor
+otherwise. Only one step of a decoder runs at a time, so all graphs of a ``StepGraphs`` share one
+memory, as large as the largest of them needs; a decoder has two, for its layers and for whole
+steps. An operation that is neither one of our kernels, an allocation nor
 a view ends the capture: such a step cannot be replayed and always runs launch by launch. Only what
 ``between_launches`` has wrapped may stand there, such as a sum over the ranks of a model: it runs
 between two parallel regions, one for the launches before and one for those behind it.
@@ -64,7 +65,7 @@ MOST_GRAPHS = 4 * MOST_ROWS
 """Graphs that are kept, those used last: one of each kind of step. A kind is a number of rows, in
 steps that try tokens or not, with adapters or without."""
 MOST_BYTES = 128 * 1024 * 1024
-"""Memory for the tensors of the graphs of a decoder; larger steps are not captured."""
+"""Memory for the tensors of the graphs of a ``StepGraphs``; larger steps are not captured."""
 COUNTERS = (0, 1, NUM_ARGS - 2, NUM_ARGS - 1)
 """Arguments that kernels count in; zero before each launch."""
 
@@ -322,7 +323,9 @@ def _key(num_rows: int, batch: AttentionBatch) -> Key:
 
 
 class StepGraphs(Generic[Result]):
-    """The graphs of one decoder, by the kind of step. Used by one thread.
+    """The graphs of a decoder's layers, or of its whole steps, by the kind of step.
+
+    Used by one thread.
 
     Steps are of one kind if they have as many rows, each of a sequence of its own, or none of them
     counted as such (``num_decodes`` 0), as in steps that try tokens.

@@ -8,7 +8,7 @@ each piece, and all addresses stay: a captured step needs no new arguments.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from numba import types
@@ -43,6 +43,14 @@ def build_advance() -> Callable[[Any], None]:
 def advance_kernel() -> Launcher:
     """Return the kernel that moves a table of pieces on, compiled or loaded at first use."""
     return compile_kernel(build_advance(), "any")
+
+
+def steps_left(lengths: Iterable[int]) -> int:
+    """Return the number of steps, this one with it, before a sequence begins a new part.
+
+    lengths: tokens of each sequence with this step. A window may end the series earlier.
+    """
+    return min(-length % PART_TOKENS for length in lengths) + 1
 
 
 def advance(batch: AttentionBatch) -> bool:
