@@ -113,9 +113,9 @@ FILES = [".lock", ".nbc", ".nbi"]
 
 
 def test_a_process_that_does_not_get_on_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Once: no later kernel is waited for."""
+    """Once, with a warning: no later kernel is waited for."""
     assert compile_one(tmp_path, monkeypatch) == FILES
     for path in tmp_path.glob("*.nb?"):
         path.unlink()
@@ -127,6 +127,7 @@ def test_a_process_that_does_not_get_on_is_not_waited_for(
         fcntl.flock(held, fcntl.LOCK_EX)
         assert compile_one(tmp_path, monkeypatch) == FILES
         assert len(late) == 1
+        assert [str(lock) in record.getMessage() for record in caplog.records] == [True]
         monkeypatch.setattr(cache, "MOST_WAITING", 1e9)
         for path in tmp_path.glob("*.nb?"):
             path.unlink()

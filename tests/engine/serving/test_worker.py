@@ -60,12 +60,17 @@ class FakeEngine:
         """Nothing can be wrong."""
 
 
-def run(sockets: Sockets, engine: FakeEngine, messages: list[wire.ToEngine]) -> list[Any]:
+def run(
+    sockets: Sockets,
+    engine: FakeEngine,
+    messages: list[wire.ToEngine],
+    watch: StepWatch | None = None,
+) -> list[Any]:
     """Run the loop over messages and a stop; what it sent."""
     here, there = sockets
     for message in (*messages, wire.Stop()):
         here.send(wire.encode(message))
-    worker._Loop(there, os.getppid(), StepWatch(0), engine).run()  # type: ignore[arg-type]
+    worker._Loop(there, os.getppid(), watch or StepWatch(0), engine).run()  # type: ignore[arg-type]
     sent = []
     while here.poll(0):
         sent.append(wire.decode_from_engine(here.recv()))
@@ -253,3 +258,21 @@ def test_the_process_ends_without_taking_the_interpreter_apart(tmp_path: Path) -
             assert process.wait(60) == 1  # it was stopped before it was told what to load
         finally:
             process.kill()
+
+
+def test_changes_of_adapters_are_watched(sockets: Sockets) -> None:
+    """Other ranks may hang while they take part in them."""
+    watch = StepWatch(600.0)
+    watched: list[bool] = []
+
+    class Adapted(FakeEngine):
+        facts = EngineFacts(8, 1, 1, 1, "cpu", "float32", 1, 0.0)
+
+        def unload_adapter(self, name: str) -> None:
+            watched.append(watch.is_set)
+
+    try:
+        run(sockets, Adapted(busy=False), [wire.UnloadAdapter(1, "a")], watch)
+    finally:
+        watch.rest()
+    assert watched == [True]

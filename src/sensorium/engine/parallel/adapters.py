@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from sensorium.engine.parallel import messages
 from sensorium.engine.parallel.group import RankGroup
 from sensorium.engine.parallel.messages import AdapterPart, ClearLane, LaneSet, SetLane
 from sensorium.errors import UnavailableError
@@ -41,10 +42,15 @@ class GroupLanes:
 
         Raises UnavailableError where one could not take it; the others may have it then.
         """
+        # Encoded first: where that fails, for want of memory, no rank has anything of it.
+        parts = [
+            messages.encode(_message(target.part.name, part))
+            for target, part in adapter.whole
+            if self._have_encoders or not target.is_encoder
+        ]
         with self._group.together():
-            for target, part in adapter.whole:
-                if self._have_encoders or not target.is_encoder:
-                    self._group.send(_message(target.part.name, part))
+            for part in parts:
+                self._group.send_encoded(part)
             self._group.send(SetLane(lane))
             answers = self._group.answers(LaneSet)
         if any(answer.failed for answer in answers):

@@ -237,7 +237,10 @@ class RankGroup:
 
     def send(self, message: ToRank) -> None:
         """Send a message to all, ``together``."""
-        data = messages.encode(message)
+        self.send_encoded(messages.encode(message))
+
+    def send_encoded(self, data: bytes) -> None:
+        """Send an encoded message to all, ``together``."""
         for link in self._links:
             messages.send(link, data)
 

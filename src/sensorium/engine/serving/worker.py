@@ -121,20 +121,20 @@ class StepWatch:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._set_at = 0.0
-        self._is_set = False
+        self.is_set = False
 
     def step_begins(self) -> None:
         """A step begins now."""
         now = time.monotonic()
-        if self._seconds and not (self._is_set and now - self._set_at < self._seconds / 10):
+        if self._seconds and not (self.is_set and now - self._set_at < self._seconds / 10):
             faulthandler.dump_traceback_later(self._seconds * 1.1, exit=True)
-            self._set_at, self._is_set = now, True
+            self._set_at, self.is_set = now, True
 
     def rest(self) -> None:
         """No step begins for a while."""
-        if self._is_set:
+        if self.is_set:
             faulthandler.cancel_dump_traceback_later()
-            self._is_set = False
+            self.is_set = False
 
 
 class _Loop:
@@ -173,6 +173,7 @@ class _Loop:
                 num_bytes += len(data)
                 if not self._handle(engine, wire.decode_to_engine(data)):
                     return
+            self._watch.step_begins()  # other ranks may hang while they take an adapter
             self._reader.poll()
             if engine.has_work:
                 self._watch.step_begins()
@@ -185,7 +186,9 @@ class _Loop:
     def _wait(self) -> bool:
         """Wait for a message, or for an adapter that has been read; False when the parent goes."""
         while not self._idle.poll(IDLE_POLL_MS):
+            self._watch.step_begins()
             self._reader.poll()  # it may be late
+            self._watch.rest()
             if os.getppid() != self._parent:
                 return False
         return True
@@ -210,6 +213,7 @@ class _Loop:
 
     def _unload(self, engine: Engine, message: wire.UnloadAdapter) -> None:
         failed = None
+        self._watch.step_begins()
         try:
             engine.unload_adapter(message.name)
         except Exception as error:

@@ -153,13 +153,13 @@ class KernelCache(caching.Cache):
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             self._lock = os.open(path, flags, 0o600)
-            return _lock(self._lock, self._py_func.__qualname__)
+            return _lock(self._lock, path, self._py_func.__qualname__)
         except OSError as error:
             log.debug("%s cannot be locked: %s", path, error.strerror)
             return False
 
 
-def _lock(descriptor: int, kernel: str) -> bool:
+def _lock(descriptor: int, path: str, kernel: str) -> bool:
     """Lock the file of a kernel when its holder has let it go. Return False where it is late."""
     end = time.monotonic() + (0.0 if LATE else MOST_WAITING)
     waits = False
@@ -169,6 +169,13 @@ def _lock(descriptor: int, kernel: str) -> bool:
             return True
         except BlockingIOError:
             if time.monotonic() >= end:
+                if not LATE:
+                    log.warning(
+                        "another process holds %s for more than %g s; kernels are compiled here "
+                        "without waiting for it, or for others, from now on",
+                        path,
+                        MOST_WAITING,
+                    )
                 LATE.append(kernel)
                 return False
         if not waits:
