@@ -114,8 +114,7 @@ class StepWatch:
     The stacks of all threads go to the log. The interpreter's own watchdog does it, which runs no
     Python, so a kernel that never ends and holds the GIL is caught as well. Setting it costs tens
     of microseconds, so it is not set again for steps that begin within a tenth of the time; it runs
-    as much longer, so that no step is
-    ended early.
+    as much longer, so that no step is ended early. ``is_set``: it counts the time now.
     """
 
     def __init__(self, seconds: float) -> None:
