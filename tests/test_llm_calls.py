@@ -209,13 +209,12 @@ def test_what_is_wrong_without_its_media_is_found_before_anything_runs(llm: LLM)
 def test_errors_name_the_prompt_even_when_it_is_the_last_one_left(
     llm: LLM, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     complete = parts.processor.complete
+    before = llm.stats().num_steps
 
     async def late(prompt: Prompt, rendered: RenderedPrompt) -> PreparedPrompt:
         if rendered.refs:
-            steps = llm.stats().num_steps
-            while parts.engine.has_work or llm.stats().num_steps == steps:
+            while parts.engine.has_work or llm.stats().num_steps == before:
                 await asyncio.sleep(0.001)
             raise UnavailableError("lost")
         return await complete(prompt, rendered)
