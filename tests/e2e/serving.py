@@ -23,7 +23,7 @@ MORE_FLAGS = "SENSORIUM_TEST_SERVE_FLAGS"
 """Variable with more flags of all servers, such as ``--data-parallel-size 2``: with it, tests for
 one server show that replicas answer as it does."""
 START_SECONDS = 120
-"""After this a server that is not there yet is killed."""
+"""After this a server that is not there yet is killed, unless a test says otherwise."""
 
 
 def tied_to_this_process() -> Callable[[], None] | None:
@@ -41,7 +41,8 @@ def tied_to_this_process() -> Callable[[], None] | None:
 class Server:
     """A running server, with ``flags``, and ``variables`` in its environment.
 
-    ``model``: None where the flags name the models.
+    ``model``: None where the flags name the models. ``start_seconds``: one that is not there by
+    then is killed.
 
     Stop it with ``stop``, which returns its exit status.
     """
@@ -52,6 +53,7 @@ class Server:
         log: Path,
         flags: Sequence[str] = (),
         variables: Mapping[str, str] = MappingProxyType({}),
+        start_seconds: float = START_SECONDS,
     ) -> None:
         self.log = log
         self._file = log.open("wb")
@@ -67,11 +69,11 @@ class Server:
             start_new_session=True,
             preexec_fn=tied_to_this_process(),
         )
-        self.url = self._wait_for_address()
+        self.url = self._wait_for_address(start_seconds)
 
-    def _wait_for_address(self) -> str:
+    def _wait_for_address(self, seconds: float) -> str:
         assert self.process.stdout is not None
-        late = threading.Timer(START_SECONDS, os.killpg, (self.process.pid, signal.SIGKILL))
+        late = threading.Timer(seconds, os.killpg, (self.process.pid, signal.SIGKILL))
         late.daemon = True
         late.start()
         try:
@@ -81,7 +83,7 @@ class Server:
                     return found[1]
         finally:
             late.cancel()
-        status = self.process.wait(START_SECONDS)
+        status = self.process.wait(seconds)
         raise RuntimeError(f"the server did not start (status {status}):\n{self.log.read_text()}")
 
     def children(self) -> list[psutil.Process]:

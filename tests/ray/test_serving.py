@@ -28,6 +28,10 @@ pytestmark = pytest.mark.slow
 
 FLAGS = ("--data-parallel-size", "2", "--num-kv-blocks", "512", "--disable-log-stats")
 CLIENTS = 64
+UPDATE_CLIENTS = 16
+"""During an update the clients share the processors with what starts, which takes its time by them
+and not by the update."""
+UPDATE_SECONDS = 400
 ROOT = Path(__file__).parents[2]
 OK = "ok"
 
@@ -80,8 +84,8 @@ async def streamed(session: aiohttp.ClientSession, url: str, prompt: str, num: i
         return OK if last == "[DONE]" else "cut off"
 
 
-async def load(url: str, ended: asyncio.Event) -> list[tuple[float, str]]:
-    """Stream to many clients until ``ended``; return begin and outcome of each request."""
+async def load(url: str, ended: asyncio.Event, clients: int = CLIENTS) -> list[tuple[float, str]]:
+    """Stream to so many clients until ``ended``; return begin and outcome of each request."""
     outcomes: list[tuple[float, str]] = []
 
     async def client(number: int, session: aiohttp.ClientSession) -> None:
@@ -94,7 +98,7 @@ async def load(url: str, ended: asyncio.Event) -> list[tuple[float, str]]:
 
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
-        await asyncio.gather(*(client(number, session) for number in range(CLIENTS)))
+        await asyncio.gather(*(client(number, session) for number in range(clients)))
     return outcomes
 
 
@@ -183,10 +187,18 @@ async def test_an_update_in_place_fails_no_request(
     server: Server, ray_address: str, tmp_path: Path
 ) -> None:
     ended = asyncio.Event()
-    loading = asyncio.create_task(load(server.url, ended))
     flags = (*FLAGS, "--ray-address", ray_address, "--max-num-seqs", "32")
     before = set(metrics(server.url, "engine_up"))
-    second = await asyncio.to_thread(Server, "demo", tmp_path / "log.txt", flags)
+    log = tmp_path / "log.txt"
+    log.touch()
+    starting = asyncio.create_task(
+        asyncio.to_thread(Server, "demo", log, flags, start_seconds=UPDATE_SECONDS)
+    )
+    # The start of that program itself, before the update begins, shows nothing under load.
+    connects = "connecting to Ray"
+    await asyncio.to_thread(wait_for, lambda: connects in log.read_text(), UPDATE_SECONDS)
+    loading = asyncio.create_task(load(server.url, ended, UPDATE_CLIENTS))
+    second = await starting
     ended.set()
     outcomes = collections.Counter(outcome for _, outcome in await loading)
     assert second.url == server.url
