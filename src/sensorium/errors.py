@@ -286,6 +286,9 @@ class EngineDeadError(UnavailableError):
 NOT_LOADED = "could not be loaded"
 """Words of the error of a model that cannot be loaded, which has the code of others."""
 
+ENDED = "The engine ended while it ran this request"
+"""Words of the error of a request that was running when its engine ended, and may be the cause."""
+
 
 def error_of(
     code: str, message: str, param: str | None, default: type[SensoriumError]

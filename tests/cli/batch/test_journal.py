@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sensorium.cli.batch.journal import Journal
 from sensorium.errors import ConfigError
-from sensorium.server.batches.lines import BadLine, Survey, survey
+from sensorium.server.batches.lines import BadLine, Survey, digest_of, survey
 from sensorium.server.batches.runner import refused
 
 MOST = 1 << 20
@@ -33,8 +33,11 @@ def surveyed(folder: Path, num: int) -> Survey:
         return survey(file, MOST)
 
 
-def opened(folder: Path, found: Survey, *, overwrite: bool = False) -> Journal:
-    return Journal(folder / "out", folder / "err", found, overwrite=overwrite)
+def opened(
+    folder: Path, found: Survey, *, overwrite: bool = False, rerun_changed: bool = False
+) -> Journal:
+    options = {"overwrite": overwrite, "rerun_changed": rerun_changed}
+    return Journal(folder / "out", folder / "err", found, **options)
 
 
 def test_what_was_written_is_done_in_the_next_run(tmp_path: Path, found: Survey) -> None:
@@ -108,7 +111,7 @@ def test_nothing_is_forgotten_while_another_run_has_a_file(tmp_path: Path, found
     with opened(tmp_path, found) as journal:
         journal.write(3, True, output(3, "id 3"))
     with (
-        Journal(tmp_path / "other", tmp_path / "err", found, overwrite=False),
+        Journal(tmp_path / "other", tmp_path / "err", found, overwrite=False, rerun_changed=False),
         pytest.raises(ConfigError, match="another run"),
     ):
         opened(tmp_path, found, overwrite=True)
@@ -130,3 +133,36 @@ def test_sorting(tmp_path: Path, found: Survey) -> None:
 def test_a_folder_that_is_not_there(tmp_path: Path, found: Survey) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         opened(tmp_path / "nowhere", found)
+
+
+def answer(folder: Path, number: int) -> bytes:
+    """The output of a line of the input as it is now."""
+    raw = (folder / "in.jsonl").read_bytes().splitlines()[number - 1]
+    return refused(BadLine(number, f"id {number}", "c", "A message.", None, digest_of(raw))).text
+
+
+def test_lines_that_have_changed_are_not_done(tmp_path: Path, found: Survey) -> None:
+    with opened(tmp_path, found) as journal:
+        journal.write(2, True, output(2, "id 2"))  # of a version without digests
+        for number in (1, 4, 3, 5):
+            journal.write(number, number != 3, answer(tmp_path, number))
+    path = tmp_path / "in.jsonl"
+    texts = path.read_text().splitlines()
+    for number in (2, 3, 4):
+        texts[number - 1] = texts[number - 1].replace("}", ', "body": {}}')
+    path.write_text("\n".join(texts))
+    with path.open("rb") as file:
+        changed = survey(file, MOST)
+    before = (tmp_path / "out").read_bytes()
+    with pytest.raises(ConfigError, match=r"2 lines .* line 3 first.*--rerun-changed"):
+        opened(tmp_path, changed)
+    assert (tmp_path / "out").read_bytes() == before
+    with opened(tmp_path, changed, rerun_changed=True) as journal:
+        assert [n for n in range(1, 11) if journal.is_done(n)] == [1, 2, 5]
+        assert (journal.num_done, journal.num_failed) == (3, 0)
+        with pytest.raises(ConfigError, match="another run"):
+            opened(tmp_path, changed)
+        journal.write(4, True, answer(tmp_path, 4))
+    with opened(tmp_path, changed) as journal:
+        assert [n for n in range(1, 11) if journal.is_done(n)] == [1, 2, 4, 5]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out"]

@@ -6,6 +6,8 @@ import base64
 import contextlib
 import io
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,25 @@ import pytest
 from PIL import Image
 
 from sensorium.cli.batch.places import Wishes, lines_of, local_output
+from sensorium.cli.batch.remote import RemoteCaller
 from sensorium.cli.commands.batch import allow_folder, models_of
 from sensorium.cli.main import build_parser
 from sensorium.errors import ConfigError
+from sensorium.server.batches.calls import Reply
+from sensorium.server.batches.lines import BadLine, Line, read_lines, survey
+from sensorium.server.batches.runner import answered
+from sensorium.server.batches.urls import without_secrets
 
 
 def png() -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(file, "PNG")
     return file.getvalue()
+
+
+def parsed(name: str, wishes: Wishes) -> list[Line | BadLine]:
+    with lines_of(name, wishes) as path, path.open("rb") as file:
+        return list(read_lines(file, survey(file, 1 << 20), 1 << 20))
 
 
 def lines(name: str, wishes: Wishes | None = None) -> list[dict[str, Any]]:
@@ -53,6 +65,42 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert base64.b64decode(url.partition(",")[2]) == png()
     with pytest.raises(ConfigError, match="--prompt"):
         lines(str(tmp_path))
+
+
+def test_images_that_cannot_be_sent_are_errors_of_their_rows(tmp_path: Path) -> None:
+    folder, other = tmp_path / "in", tmp_path / "other"
+    for made in (folder, other):
+        made.mkdir()
+        (made / "a.png").write_bytes(png())
+    (folder / "b.png").symlink_to("a.png")
+    (folder / "c.png").symlink_to(other / "a.png")
+    (folder / "d").symlink_to(other)
+    (folder / "e.png").symlink_to(folder / "nothing")
+    os.mkfifo(folder / "f.png")
+    (folder / "g.png").write_bytes(bytes(2000))
+    refused = {"c.png": "leads out", "e.png": "cannot be read", "f.png": "not a regular file"}
+    for inline in (False, True):
+        wishes = Wishes("What?", inline=inline, most_image_bytes=1000)
+        found = parsed(str(folder), wishes)
+        bad = {one.custom_id: one for one in found if isinstance(one, BadLine)}
+        large = {"g.png": "more than 1000 bytes"} if inline else {}
+        assert set(bad) == {*refused, *large}
+        for name, text in (refused | large).items():
+            assert text in bad[name].message
+            assert bad[name].code == ("media_refused" if name in refused else "media_too_large")
+        assert {one.custom_id for one in found} == {f"{name}.png" for name in "abcefg"}
+
+
+def test_an_image_that_has_changed_is_another_line(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "b.png").write_bytes(png())
+    before = [line.digest for line in parsed(str(tmp_path), Wishes("What?"))]
+    assert before == [line.digest for line in parsed(str(tmp_path), Wishes("What?"))]
+    (tmp_path / "b.png").write_bytes(png() + b" ")
+    after = [line.digest for line in parsed(str(tmp_path), Wishes("What?"))]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
+    other = [line.digest for line in parsed(str(tmp_path), Wishes("Where?"))]
+    assert not set(other) & set(after)
 
 
 def test_the_folder_may_be_read(tmp_path: Path) -> None:
@@ -96,6 +144,71 @@ def test_tables(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(ConfigError, match="cannot be opened"):
         lines(str(tmp_path / "bad.parquet"))
+
+
+def test_rows_that_are_no_requests(tmp_path: Path) -> None:
+    def found(wishes: Wishes | None = None, **columns: Any) -> list[Line | BadLine]:
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")
+        return parsed(str(tmp_path / "in.parquet"), wishes or Wishes())
+
+    bodies = ['{"input": "a"}', "no JSON", "[1]", None, '{"input": ', "7"]
+    rows = found(url=["/v1/embeddings"] * len(bodies), body=bodies)
+    assert [isinstance(row, BadLine) for row in rows] == [False, *[True] * 5]
+    assert {row.code for row in rows if isinstance(row, BadLine)} == {"invalid_json_line"}
+    assert [row.custom_id for row in rows] == [f"row-{n}" for n in range(1, 7)]
+    assert isinstance(rows[1], BadLine)
+    assert "Row 2 has a body that is not valid JSON" in rows[1].message
+    images = found(Wishes("What?"), image=pyarrow.array([png(), None], pyarrow.binary()))
+    assert [isinstance(row, BadLine) for row in images] == [False, True]
+
+
+STRANGE: list[Any] = [
+    {"choices": 5, "usage": "many", "data": {"a": 1}, "output": "x"},
+    {"choices": [7], "usage": {"prompt_tokens": "5", "completion_tokens": 1 << 70}},
+    {"choices": [{"message": "text"}], "data": [{"embedding": ["a", None]}]},
+    {"choices": [{"message": {"content": [1]}}], "usage": {"prompt_tokens": 1.5}},
+    {"data": [{"embedding": [True]}], "output": [{"content": [{"text": 5}, 3]}, None]},
+]
+
+
+def test_strange_answers_do_not_break_a_table(tmp_path: Path) -> None:
+    """What another server answers is in the column body, whatever it is."""
+    name = str(tmp_path / "out.parquet")
+    line = Line(1, "a", "/v1/completions", b"{}")
+    bodies = [json.dumps(body).encode() for body in STRANGE]
+    with local_output(name, overwrite=False) as path, path.open("wb") as file:
+        for body in bodies:
+            outcome = answered(line, Reply(200, "r", body))
+            assert outcome.succeeded
+            file.write(outcome.text)
+        for body in (b"<html>", b'["a"]', b"7", b"", b"\xff", b'{"a":' * 5000):
+            outcome = answered(line, Reply(200, "r", body))
+            assert not outcome.succeeded
+            assert json.loads(outcome.text)["error"]["code"] == "bad_answer"
+            file.write(outcome.text)
+    rows = pyarrow.parquet.read_table(name).to_pylist()
+    assert [row["body"].encode() for row in rows[: len(bodies)]] == bodies
+    for row in rows:
+        columns = ("text", "embedding", "prompt_tokens", "output_tokens")
+        assert [row[column] for column in columns] == [None] * 4
+        assert (row["line"], row["status_code"]) == (1, 200)
+
+
+def test_messages_have_no_secrets() -> None:
+    urls = (
+        "memory://user:hunter2@bucket/in.jsonl?X-Signature=hunter2",
+        "nonsense://user:hunter2@bucket/in.parquet",
+    )
+    for url in urls:
+        with pytest.raises(ConfigError) as found:
+            lines(url)
+        assert "hunter2" not in str(found.value)
+        assert "in." in str(found.value)
+    text = "GET https://me:hunter2@host/a?sig=hunter2 failed: sig=hunter2 at host"
+    shown = without_secrets(text, "https://me:hunter2@host/a?sig=hunter2")
+    assert shown == "GET https://***@host/a?*** failed: sig=*** at host"
+    with pytest.raises(ConfigError, match=re.escape("ftp://***@host")):
+        RemoteCaller("ftp://me:hunter2@host", api_key=None, timeout=1.0)
 
 
 def output(number: int, text: str) -> str:

@@ -47,6 +47,7 @@ def job(source: Path) -> Job:
         patience=0,
         in_order=False,
         overwrite=False,
+        rerun_changed=False,
     )
 
 

@@ -1,7 +1,8 @@
 """The two files that a batch writes: each line once, however often the run is interrupted.
 
-The id of an output names its line, so the files themselves tell what is done. A line that was cut
-off when the process or the machine ended is removed before the next run goes on.
+The id of an output names its line and has its digest, so the files themselves tell what is done,
+and which lines have changed since. A line that was cut off when the process or the machine ended is
+removed before the next run goes on.
 """
 
 from __future__ import annotations
@@ -12,20 +13,26 @@ import itertools
 import os
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
 from sensorium.errors import ConfigError
-from sensorium.server.batches.lines import Survey, mark_of, number_of, output_id
+from sensorium.server.batches.lines import (
+    OUTPUT_PREFIX,
+    Survey,
+    digest_in,
+    mark_of,
+    number_of,
+)
 
 SYNC_SECONDS = 1.0
 """Seconds between two times that the files are forced to the disk."""
 
 _COPY_BYTES = 1 << 20
-_BEGINNING = b'{"id":"' + output_id(0)[:-1].encode()
+_BEGINNING = b'{"id":"' + OUTPUT_PREFIX.encode()
 
 
 class _Entry(msgspec.Struct):
@@ -44,7 +51,9 @@ class Journal:
         num_failed: Those of them that are in the file of errors.
     """
 
-    def __init__(self, answers: Path, errors: Path, found: Survey, *, overwrite: bool) -> None:
+    def __init__(
+        self, answers: Path, errors: Path, found: Survey, *, overwrite: bool, rerun_changed: bool
+    ) -> None:
         """Open the files and read what they have.
 
         Args:
@@ -52,11 +61,14 @@ class Journal:
             errors: File of errors.
             found: Facts of the input.
             overwrite: Forget what the files have.
+            rerun_changed: Forget the outputs of lines that have changed.
 
         Raises:
-            ConfigError: A file cannot be used, is in use, or has lines of another input.
+            ConfigError: A file cannot be used, is in use, or has lines of another input; or lines
+                have changed since they were answered.
         """
         self.num_done = self.num_failed = 0
+        self._changed: list[int] = []
         self._found = found
         self._done = bytearray(len(found.marks))
         self._paths = {True: answers, False: errors}
@@ -70,6 +82,8 @@ class Journal:
                     file.truncate(0)
             for succeeded in self._files:
                 self._resume(succeeded)
+            if self._changed:
+                self._forget_changed(rerun_changed)
         except BaseException:
             self.close()
             raise
@@ -129,18 +143,13 @@ class Journal:
             starts, ends = self._places(file)
             if all(a <= b for a, b in itertools.pairwise(s for s in starts if s >= 0)):
                 continue
-            sorted_path = path.with_name(f".{path.name}.sorted")
-            try:
-                with sorted_path.open("wb") as target:
-                    for start, end in zip(starts, ends, strict=True):
-                        if start >= 0:
-                            _copy(file, target, start, end)
-                    target.flush()
-                    os.fsync(target.fileno())
-                sorted_path.replace(path)
-            except OSError as error:
-                sorted_path.unlink(missing_ok=True)
-                raise _unusable(path, error) from error
+
+            def in_order(target: BinaryIO, file: BinaryIO = file) -> None:
+                for start, end in zip(starts, ends, strict=True):  # noqa: B023
+                    if start >= 0:
+                        _copy(file, target, start, end)
+
+            _replace(path, in_order)
 
     def _opened(self, path: Path) -> BinaryIO:
         try:
@@ -173,8 +182,41 @@ class Journal:
                     f"{str(path)!r} has line {number} twice; choose another file, or use "
                     "--overwrite."
                 )
-            self._note(number, succeeded)
+            if self._has_changed(number, line):
+                self._changed.append(number)
+            else:
+                self._note(number, succeeded)
             end += len(line)
+
+    def _has_changed(self, number: int, line: bytes) -> bool:
+        """Return true where an output is for other contents; those without a digest are not."""
+        digest, own = digest_in(_entry.decode(line).id), self._found.digests[number]
+        return digest != own and digest != 0
+
+    def _forget_changed(self, rerun: bool) -> None:
+        """Remove the outputs of lines that have changed. Raises ConfigError unless ``rerun``."""
+        if not rerun:
+            files = " and ".join(repr(str(path)) for path in self._paths.values())
+            raise ConfigError(
+                f"{len(self._changed)} lines of the input, line {min(self._changed)} first, have "
+                f"changed since they were answered in {files}: use --rerun-changed to run them "
+                "again in place of those answers, or choose another output.",
+                param="rerun_changed",
+            )
+        for succeeded, path in self._paths.items():
+            file = self._files[succeeded]
+
+            def unchanged(target: BinaryIO, file: BinaryIO = file) -> None:
+                for line, _ in _lines_of(file):
+                    number = self._number(line)
+                    assert number is not None
+                    if not self._has_changed(number, line):
+                        target.write(line)
+
+            _replace(path, unchanged)
+            self._files[succeeded] = self._opened(path)
+            file.close()
+        self._changed = []
 
     def _number(self, line: bytes) -> int | None:
         """Return the number of the input's line that an output is for; None if it is for none."""
@@ -231,6 +273,20 @@ def _lines_of(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
         for line in reader:
             at += len(line)
             yield line, at >= size
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Put a file that ``write`` fills in the place of another when it is whole."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as target:
+            write(target)
+            target.flush()
+            os.fsync(target.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise _unusable(path, error) from error
 
 
 def _copy(source: BinaryIO, target: BinaryIO, start: int, end: int) -> None:

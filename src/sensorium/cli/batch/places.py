@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from sensorium import environment
+from sensorium.config import MediaConfig
 from sensorium.errors import ConfigError
 from sensorium.processes.private_folder import PrivateFolder
+from sensorium.server.batches.urls import without_secrets
 
 _PREFIX = "sensorium-batch-"
 _COPY_BYTES = 1 << 20
@@ -31,12 +33,14 @@ class Wishes:
     Attributes:
         prompt: Text beside each image; None where none is asked for.
         body: Members of the body of each request, below those of a row.
-        inline: Images of a local folder are put into the lines.
+        inline: Images of a local folder are put into the lines, for those who do not have it.
+        most_image_bytes: Bytes of the largest image that is put into a line.
     """
 
     prompt: str | None = None
     body: Mapping[str, Any] = field(default_factory=dict)
     inline: bool = False
+    most_image_bytes: int = MediaConfig.max_media_bytes
 
 
 def is_url(name: str) -> bool:
@@ -47,6 +51,11 @@ def is_url(name: str) -> bool:
 def local_path(name: str) -> Path:
     """Return a path of this machine."""
     return Path(name.removeprefix("file://")).expanduser()
+
+
+def shown(name: str) -> str:
+    """Return a place as messages show it."""
+    return without_secrets(name) if is_url(name) else name
 
 
 def is_folder(name: str) -> bool:
@@ -125,8 +134,9 @@ def _take_up(name: str, path: Path, *, is_table: bool) -> None:
     if is_table:
         if not path.exists() and _is_there(name):
             raise ConfigError(
-                f"{name!r} is there, but not the lines that it was made of ({path}), without which "
-                "no run can go on from it: name another output, or replace it with --overwrite.",
+                f"{shown(name)!r} is there, but not the lines that it was made of ({path}), "
+                "without which no run can go on from it: name another output, or replace it with "
+                "--overwrite.",
                 param="output",
             )
         return
@@ -147,6 +157,7 @@ def _journal_path(name: str) -> Path:
 
 def _write_lines(name: str, path: Path, wishes: Wishes) -> None:
     from sensorium.cli.batch import tables
+    from sensorium.cli.batch.images import Folder
 
     system, place = _opened(name)
     if name.endswith(".parquet"):
@@ -156,14 +167,18 @@ def _write_lines(name: str, path: Path, wishes: Wishes) -> None:
     if system.isdir(place):
         if wishes.prompt is None:
             raise ConfigError(
-                f"{name!r} is a folder: say with --prompt what is asked about each image.",
+                f"{shown(name)!r} is a folder: say with --prompt what is asked about each image.",
                 param="prompt",
             )
-        inline = wishes.inline or is_url(name)
+        folder = Folder(
+            system,
+            place,
+            is_local=not is_url(name),
+            inline=wishes.inline or is_url(name),
+            most_bytes=wishes.most_image_bytes,
+        )
         with path.open("wb") as target:
-            target.writelines(
-                tables.lines_of_folder(system, place, wishes.prompt, wishes.body, inline=inline)
-            )
+            target.writelines(folder.lines(wishes.prompt, wishes.body))
         return
     _copy(system, place, path)
 
@@ -223,6 +238,7 @@ def _usable(name: str) -> Iterator[None]:
     except ConfigError:
         raise
     except ImportError as error:
-        raise ConfigError(f"{name!r} cannot be opened: {error}.") from error
+        raise ConfigError(f"{shown(name)!r} cannot be opened: {error}.") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name!r} cannot be opened: {str(error)[:300]}.") from error
+        what = without_secrets(str(error), name)[:300]
+        raise ConfigError(f"{shown(name)!r} cannot be opened: {what}.") from None

@@ -9,6 +9,7 @@ import msgspec
 
 from sensorium.errors import ConfigError, UnavailableError
 from sensorium.server.batches.calls import Reply, seconds_until
+from sensorium.server.batches.urls import without_secrets
 
 _CONNECT_SECONDS = 30.0
 
@@ -26,7 +27,8 @@ class RemoteCaller:
         base_url = base_url if "//" in base_url else f"http://{base_url}"
         url = urlsplit(base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
-            raise ConfigError(f"--base-url must be an http(s) address, got {base_url!r}.")
+            given = without_secrets(base_url)
+            raise ConfigError(f"--base-url must be an http(s) address, got {given!r}.")
         self._base_url = base_url.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         if api_key:
@@ -60,7 +62,7 @@ class RemoteCaller:
             ):
                 return self._too_slow()
             raise UnavailableError(
-                f"{self._base_url} does not answer ({type(error).__name__})."
+                f"{without_secrets(self._base_url)} does not answer ({type(error).__name__})."
             ) from error
         headers = response.headers
         return Reply(

@@ -39,6 +39,7 @@ class Job:
         patience: Seconds for which a line is tried again while the server is not available.
         in_order: Put the outputs into the order of the input at the end.
         overwrite: Forget the outputs of earlier runs.
+        rerun_changed: Forget those of lines that have changed since.
     """
 
     source: Path
@@ -49,6 +50,7 @@ class Job:
     patience: float
     in_order: bool
     overwrite: bool
+    rerun_changed: bool
 
 
 @asynccontextmanager
@@ -110,7 +112,13 @@ class Run:
     def journal(self) -> Journal:
         """Open the files of the output. Raises ConfigError."""
         job = self.job
-        return Journal(job.answers, job.errors, self._found, overwrite=job.overwrite)
+        return Journal(
+            job.answers,
+            job.errors,
+            self._found,
+            overwrite=job.overwrite,
+            rerun_changed=job.rerun_changed,
+        )
 
     def is_complete(self, journal: Journal) -> bool:
         """Return true when every line has an output."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sensorium import environment
 from sensorium.cli.batch import places
 from sensorium.cli.flags import add_engine_flags, build_engine_config
-from sensorium.config import MIB, ServedConfig, ServerConfig, check_models
+from sensorium.config import MIB, MediaConfig, ServedConfig, ServerConfig, check_models
 from sensorium.errors import ConfigError
 from sensorium.processes.start import forgo_pools
 from sensorium.progress import LoggedBar, bar_class
@@ -74,6 +74,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="forget the outputs of earlier runs"
+    )
+    parser.add_argument(
+        "--rerun-changed",
+        action="store_true",
+        help="run lines again that have changed since they were answered, in place of those "
+        "answers (default: such an input is refused)",
     )
     parser.add_argument(
         "--concurrency",
@@ -203,7 +209,13 @@ def run(arguments: argparse.Namespace) -> int:
     forgo_pools()
     _check(arguments)
     allow_folder(arguments)
-    given = places.Wishes(arguments.prompt, arguments.body, bool(arguments.base_url))
+    given = places.Wishes(
+        prompt=arguments.prompt,
+        body=arguments.body,
+        # A server, and machines of a cluster, may not have the folder.
+        inline=bool(arguments.base_url or arguments.ray_address),
+        most_image_bytes=_most_image_bytes(arguments),
+    )
     with (
         places.lines_of(arguments.input, given) as source,
         places.local_output(arguments.output, overwrite=arguments.overwrite) as output,
@@ -212,6 +224,14 @@ def run(arguments: argparse.Namespace) -> int:
         ) as errors,
     ):
         return _run(arguments, Files(source, output, errors))
+
+
+def _most_image_bytes(arguments: argparse.Namespace) -> int:
+    """Return the bytes of the largest image that may be put into a line, there as base64."""
+    [model, *_] = arguments.listed_models or [arguments]
+    given: int | None = getattr(model, "max_media_bytes", None)
+    line_bytes: int = arguments.max_line_mb * MIB
+    return min(given or MediaConfig.max_media_bytes, line_bytes // 4 * 3)
 
 
 def allow_folder(arguments: argparse.Namespace) -> None:
@@ -277,6 +297,7 @@ def _job(arguments: argparse.Namespace, files: Files, at_once: int) -> Job:
         patience=PATIENCE,
         in_order=arguments.in_order,
         overwrite=arguments.overwrite,
+        rerun_changed=arguments.rerun_changed,
     )
 
 

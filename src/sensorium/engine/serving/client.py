@@ -38,15 +38,16 @@ DELIVERED_AT_ONCE = 16
 """Updates that are delivered before other tasks of the event loop get a turn."""
 
 RESTARTING = "The engine has stopped and is being restarted; try again in a moment."
+ENDED = f"{errors.ENDED} and is being restarted; try again in a moment."
 STOPPING = "The server is shutting down; send the request to another one."
 
 LONGEST_RETRY = 60
 """Seconds; most that a client is told to wait before it tries again."""
 
 
-def dead_error(seconds: float) -> errors.EngineDeadError:
+def dead_error(seconds: float, message: str = RESTARTING) -> errors.EngineDeadError:
     """Return the error of a request whose engine died; another is expected in so many seconds."""
-    error = errors.EngineDeadError(RESTARTING)
+    error = errors.EngineDeadError(message)
     error.retry_after = min(LONGEST_RETRY, max(1, math.ceil(seconds)))
     return error
 
@@ -315,7 +316,7 @@ class EngineClient:
                 len(self._routes),
             )
             self._alive = False
-            self._fail_all(lambda: dead_error(self._start_seconds))
+            self._fail_all(lambda: dead_error(self._start_seconds, ENDED))
         self._ended.set()
 
     def _fail_all(self, new_error: Callable[[], errors.EngineDeadError]) -> None:

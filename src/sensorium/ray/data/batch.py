@@ -23,6 +23,7 @@ from sensorium.ray.data.lines import LineAnswer, LinePreparation
 from sensorium.ray.data.source import LinesDatasource, Part
 from sensorium.ray.data.stages import Pool, rows_of, through_stages
 from sensorium.server.batches.runner import Outcome
+from sensorium.server.batches.urls import without_secrets
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -112,7 +113,8 @@ def _results(rows: Dataset) -> Iterator[Any]:
 
 def _cause(error: RayError) -> ConfigError | UnavailableError:
     """Return the error of ours that Ray reports, or one that says what Ray says."""
-    found = [(name, text) for name, text in _ERROR.findall(str(error)) if name in _OF_CONFIG]
+    message = without_secrets(str(error))
+    found = [(name, text) for name, text in _ERROR.findall(message) if name in _OF_CONFIG]
     if found:
         return ConfigError(found[-1][1])
-    return UnavailableError(f"The cluster could not go on: {str(error)[-2000:]}")
+    return UnavailableError(f"The cluster could not go on: {message[-2000:]}")

@@ -41,6 +41,12 @@ class Prompts:
     context: int = 0
     prepared: dict[str, PreparedPrompt] = field(default_factory=dict)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the features of all items."""
+        items = (item for prompt in self.prepared.values() for item in prompt.items)
+        return sum(item.features.num_bytes for item in items)
+
 
 _prompts: ContextVar[Prompts] = ContextVar("prompts")
 
@@ -170,8 +176,8 @@ def assumed_facts(context: int) -> EngineFacts:
 
 
 def _portable(item: MediaItem) -> MediaItem:
-    """Return an item whose arrays can be pickled."""
-    arrays = {name: np.array(array) for name, array in item.features.arrays.items()}
+    """Return an item whose arrays can be pickled, without a copy of them."""
+    arrays = dict(item.features.arrays)
     return dataclasses.replace(item, features=dataclasses.replace(item.features, arrays=arrays))
 
 

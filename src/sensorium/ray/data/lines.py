@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import time
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from sensorium.config import EngineConfig, ServedConfig
 from sensorium.engine.serving.frontend import Frontend
-from sensorium.errors import UnavailableError
 from sensorium.ray.data.fronts import (
     Prompts,
     engine_frontend,
@@ -19,14 +15,13 @@ from sensorium.ray.data.fronts import (
 )
 from sensorium.server.app import build_app
 from sensorium.server.batches.calls import AppCaller, Reply
+from sensorium.server.batches.isolation import IsolatingCaller, error_reply, patiently
 from sensorium.server.batches.lines import Line
-from sensorium.server.batches.runner import FIRST_WAIT, LATER, LONGEST_WAIT, Outcome, answered
+from sensorium.server.batches.runner import Outcome, answered
 from sensorium.server.models.facts import read_facts
 from sensorium.server.models.lookup import ServedModels
 from sensorium.server.models.served import ServedModel
 
-PATIENCE = 600.0
-"""Seconds for which a line is tried again while the engine of a process is being replaced."""
 _LEAST_OWN_FAULT, _LEAST_OTHER_FAULT, _UNKNOWN = 400, 500, 404
 
 
@@ -39,6 +34,10 @@ class Stage(Protocol):
 
     async def run(self, work: Any, prompts: Prompts) -> Any:
         """Return what becomes of a row; None for nothing yet, or nothing any more."""
+        ...
+
+    def failed(self, work: Any, code: str, message: str) -> Any:
+        """Return what becomes of a row that ``run`` cannot run."""
         ...
 
     async def close(self) -> None:
@@ -57,12 +56,16 @@ class LineStage:
         model = ServedModel(self._config, self._frontend)
         self._models = ServedModels([model], None, read_facts=read_facts)
         app = build_app(self._models, self._config.server)
-        self._caller = AppCaller(app, "", below=False)
+        self._caller = IsolatingCaller(AppCaller(app, "", below=False))
         await self._models.start()
 
     async def close(self) -> None:
         """See ``Stage.close``."""
         await self._models.close()
+
+    def failed(self, work: Line, code: str, message: str) -> Outcome:
+        """See ``Stage.failed``."""
+        return answered(work, error_reply(code, message))
 
     async def _frontend(self, config: EngineConfig) -> Frontend:
         raise NotImplementedError
@@ -70,8 +73,7 @@ class LineStage:
     async def _reply(self, line: Line, prompts: Prompts) -> Reply | None:
         """Return the answer to a line; None when it was refused for now, for too long."""
         with prompts_of_request(prompts):
-            reply: Reply | None = await patiently(lambda: self._caller.call(line.url, line.body))
-        return reply
+            return await patiently(lambda: self._caller.call(line.url, line.body))
 
 
 class LinePreparation(LineStage):
@@ -100,25 +102,3 @@ class LineAnswer(LineStage):
 
     async def _frontend(self, config: EngineConfig) -> Frontend:
         return await engine_frontend(config)
-
-
-async def patiently(
-    call: Callable[[], Any],
-    patience: float = PATIENCE,
-    clock: Callable[[], float] = time.monotonic,
-) -> Any:
-    """Return what a call gives; repeat it while it is refused for now. None after ``patience``."""
-    ends, wait = clock() + patience, FIRST_WAIT
-    while True:
-        asked = None
-        try:
-            reply = await call()
-            if not isinstance(reply, Reply) or reply.status not in LATER or reply.is_final:
-                return reply
-            asked = reply.retry_after
-        except UnavailableError as error:
-            asked = error.retry_after
-        if clock() >= ends:
-            return None
-        await asyncio.sleep(max(wait * random.uniform(1.0, 1.5), min(asked or 0.0, LONGEST_WAIT)))
-        wait = min(2 * wait, LONGEST_WAIT)

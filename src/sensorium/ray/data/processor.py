@@ -18,13 +18,6 @@ from sensorium.ray.data.stages import COLUMN, Pool, Row, gpus_of, packed, throug
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-_LOST = {
-    "error": {
-        "message": "The process that ran this row was lost again and again.",
-        "code": "engine_unavailable",
-        "param": None,
-    }
-}
 Change = Callable[[dict[str, Any]], Mapping[str, Any]]
 """A function of a row that returns another row."""
 
@@ -78,7 +71,7 @@ def build_processor(
 
     Prompts are rendered and tokenized and media are loaded, behind the same guard and with the
     same limits as in a server, in processes of their own; engines get them ready. A process that
-    is lost is replaced, and its rows run again.
+    is lost is replaced, and its rows run again, each alone.
 
     Args:
         model: Model, as for ``LLM``, or the whole configuration of an engine.
@@ -158,5 +151,5 @@ def _plain(value: Any) -> Any:
 def _unpacked(row: Mapping[str, bytes], change: Change | None) -> dict[str, Any]:
     """Return the row of the result."""
     done = unpacked(row[COLUMN])
-    columns = {**done.given, **(done.result or _LOST)}
+    columns = {**done.given, **done.result}
     return columns if change is None else dict(change(columns))

@@ -11,7 +11,13 @@ from sensorium.config import EngineConfig
 from sensorium.config.fields import suggestion
 from sensorium.engine.prompts.types import Prompt, chat_prompt, parse_prompt
 from sensorium.engine.serving.frontend import Frontend
-from sensorium.errors import EngineDeadError, InvalidRequestError, SensoriumError, UnavailableError
+from sensorium.errors import (
+    ENDED,
+    EngineDeadError,
+    InvalidRequestError,
+    SensoriumError,
+    UnavailableError,
+)
 from sensorium.outputs import RequestOutput
 from sensorium.params import PoolingParams, SamplingParams
 from sensorium.ray.data.fronts import (
@@ -20,7 +26,13 @@ from sensorium.ray.data.fronts import (
     preparing_frontend,
     prompts_of_request,
 )
-from sensorium.ray.data.lines import patiently
+from sensorium.server.batches.isolation import (
+    KILLER,
+    KILLER_MESSAGE,
+    EngineEndedError,
+    Isolation,
+    patiently,
+)
 
 CHAT_OPTIONS = (
     "chat_template",
@@ -49,6 +61,7 @@ class PromptStage:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._numbers = itertools.count()
+        self._isolation = Isolation()
 
     async def start(self) -> None:
         """See ``Stage.start``."""
@@ -61,15 +74,30 @@ class PromptStage:
     async def _new_frontend(self) -> Frontend:
         raise NotImplementedError
 
+    def failed(self, work: Mapping[str, Any], code: str, message: str) -> dict[str, Any]:
+        """See ``Stage.failed``."""
+        return self._whole({"error": {"message": message, "code": code, "param": None}})
+
     async def _columns(self, work: Mapping[str, Any], prompts: Prompts) -> dict[str, Any]:
         """Return the columns of a row's result, or of its error. Raises UnavailableError."""
         try:
             with prompts_of_request(prompts):
-                return self._whole(await self._result(work))
+                return self._whole(await self._isolation.run(lambda: self._attempt(work)))
         except UnavailableError:
             raise
+        except EngineEndedError:
+            return self.failed(work, KILLER, KILLER_MESSAGE)
         except SensoriumError as error:
             return self._failed(error)
+
+    async def _attempt(self, work: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the columns of a row's output. Raises SensoriumError, EngineEndedError."""
+        try:
+            return await self._result(work)
+        except EngineDeadError as error:
+            if ENDED in error.message:
+                raise EngineEndedError from error
+            raise
 
     def _whole(self, columns: dict[str, Any]) -> dict[str, Any]:
         """Return columns with those that are missing as None."""

@@ -1,18 +1,25 @@
 """Lines of a batch's input, in OpenAI's form, and those of its output.
 
 An input is read twice, both times line by line: ``survey`` counts its lines and finds repeated
-ids, ``read_lines`` yields requests. Memory grows by eight bytes a line.
+ids, ``read_lines`` yields requests. Memory grows by 16 bytes a line.
+
+The id of an output has the number of its line and a digest of it, which tells whether the line is
+still the one that was answered.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
+
+from sensorium.server.batches.urls import without_secrets
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 MOST_ID_CHARS = 512
@@ -20,18 +27,24 @@ BLANK_FACTOR = 4
 """Times as many lines as allowed that an input may have with its blank ones."""
 
 _SKIPPED_BYTES = 1 << 20
+_DIGEST_BYTES = 8
+_DIGEST = re.compile(r"_([0-9a-f]{16})_[0-9]+")
 _MASK = (1 << 64) - 1
 _NO_ID = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A request: ``body`` is JSON; ``number`` counts the lines of the file from 1."""
+    """A request: ``body`` is JSON; ``number`` counts the lines of the file from 1.
+
+    ``digest``: that of the whole line, see ``digest_of``.
+    """
 
     number: int
     custom_id: str
     url: str
     body: bytes
+    digest: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +56,7 @@ class BadLine:
     code: str
     message: str
     param: str | None = None
+    digest: int = field(default=0, compare=False)
 
     def error(self) -> dict[str, Any]:
         """Return the error as lines of output and batches show it."""
@@ -58,10 +72,19 @@ class _Head(msgspec.Struct):
     custom_id: Any = None
 
 
+class Refusal(msgspec.Struct):
+    """Reason why something, such as an image that is too large, has not become a request."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
 class _Request(_Head):
     method: Any = None
     url: Any = None
     body: msgspec.Raw = msgspec.Raw(b"")
+    refused: Refusal | None = None
 
 
 class _Body(msgspec.Struct):
@@ -99,12 +122,14 @@ class Survey:
     Attributes:
         num_lines: Lines that are not blank.
         marks: A number for the id of each line, by the line's number; 0 for lines without one.
+        digests: The digest of each line, by its number; 0 for those that are too long.
         repeated: Those numbers that come more than once.
         is_whole: False when the input has more lines than allowed; the rest was not read.
     """
 
     num_lines: int
     marks: array[int]
+    digests: array[int]
     repeated: frozenset[int]
     is_whole: bool = True
 
@@ -112,6 +137,12 @@ class Survey:
 def mark_of(custom_id: str) -> int:
     """Return a number of 64 bits that is the same for equal ids within this process."""
     return (hash(custom_id) & _MASK) or 1
+
+
+def digest_of(raw: bytes) -> int:
+    """Return a number of 64 bits, greater than 0, that tells a line from others."""
+    digest = hashlib.blake2b(raw, digest_size=_DIGEST_BYTES).digest()
+    return int.from_bytes(digest, "big") or 1
 
 
 def survey(file: BinaryIO, most_bytes: int, most_lines: int | None = None) -> Survey:
@@ -124,7 +155,7 @@ def survey(file: BinaryIO, most_bytes: int, most_lines: int | None = None) -> Su
             many, blank ones included. No limit if None.
     """
     file.seek(0)
-    marks = array("Q", [_NO_ID])
+    marks, digests = array("Q", [_NO_ID]), array("Q", [0])
     num_lines = 0
     is_whole = True
     for number, raw in _all_lines(file, most_bytes):
@@ -136,13 +167,16 @@ def survey(file: BinaryIO, most_bytes: int, most_lines: int | None = None) -> Su
         if raw == b"":
             continue
         num_lines += 1
-        marks.frombytes(bytes(marks.itemsize * (number + 1 - len(marks))))
+        for numbers in (marks, digests):
+            numbers.frombytes(bytes(numbers.itemsize * (number + 1 - len(numbers))))
+        digests[number] = 0 if raw is None else digest_of(raw)
         custom_id = None if raw is None else _id_of(raw)
         if custom_id is not None:
             marks[number] = mark_of(custom_id)
     ordered = np.sort(np.frombuffer(marks, np.uint64))
     same = ordered[1:][ordered[1:] == ordered[:-1]]
-    return Survey(num_lines, marks, frozenset(same[same != _NO_ID].tolist()), is_whole)
+    repeated = frozenset(same[same != _NO_ID].tolist())
+    return Survey(num_lines, marks, digests, repeated, is_whole)
 
 
 def _id_of(raw: bytes) -> str | None:
@@ -176,7 +210,8 @@ def read_lines(
                 message = (
                     f"Line {number} repeats the custom_id of line {first}: {custom_id!r:.200}."
                 )
-                line = BadLine(number, custom_id, "duplicate_custom_id", message, "custom_id")
+                code, param = "duplicate_custom_id", "custom_id"
+                line = BadLine(number, custom_id, code, message, param, line.digest)
         yield line
 
 
@@ -184,9 +219,10 @@ def parse_line(raw: bytes, number: int, wanted_url: str | None = None) -> Line |
     """Return the request in a line, or what is wrong with it."""
 
     def bad(code: str, what: str, param: str | None = None) -> BadLine:
-        return BadLine(number, custom_id, code, f"Line {number} {what}.", param)
+        return BadLine(number, custom_id, code, f"Line {number} {what}.", param, digest)
 
     custom_id: str | None = None
+    digest = digest_of(raw)
     try:
         request = _request.decode(raw)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
@@ -196,13 +232,17 @@ def parse_line(raw: bytes, number: int, wanted_url: str | None = None) -> Line |
         what = f"needs a custom_id, a string of 1 to {MOST_ID_CHARS} characters"
         return bad("missing_required_parameter", what, "custom_id")
     custom_id = given
+    if request.refused is not None:
+        why = request.refused
+        return BadLine(number, custom_id, why.code, why.message, why.param, digest)
     if request.method != "POST":
         return bad(
             "invalid_method", f"needs the method 'POST', got {request.method!r:.80}", "method"
         )
     url = request.url
+    shown = without_secrets(url) if isinstance(url, str) else url
     if url not in URLS:
-        return bad("invalid_url", f"needs a url of {', '.join(URLS)}, got {url!r:.80}", "url")
+        return bad("invalid_url", f"needs a url of {', '.join(URLS)}, got {shown!r:.80}", "url")
     if wanted_url is not None and url != wanted_url:
         return bad(
             "mismatched_endpoint", f"has the url {url!r}; the batch is for {wanted_url}", "url"
@@ -224,12 +264,21 @@ def parse_line(raw: bytes, number: int, wanted_url: str | None = None) -> Line |
             "asks for work in the background, where a batch cannot wait for it",
             "body.background",
         )
-    return Line(number, custom_id, url, body)
+    return Line(number, custom_id, url, body, digest)
 
 
-def output_id(number: int) -> str:
-    """Return the id of the output of a line, from which ``number_of`` tells the line."""
-    return f"batch_req_{number}"
+OUTPUT_PREFIX = "batch_req_"
+
+
+def output_id(number: int, digest: int = 0) -> str:
+    """Return the id of the output of a line; ``number_of`` and ``digest_in`` tell the line."""
+    return f"{OUTPUT_PREFIX}{digest:016x}_{number}" if digest else f"{OUTPUT_PREFIX}{number}"
+
+
+def digest_in(line_id: str) -> int:
+    """Return the digest of the line that an output is for; 0 if the id has none."""
+    found = _DIGEST.search(line_id)
+    return int(found[1], 16) if found is not None else 0
 
 
 def number_of(line_id: object) -> int | None:

@@ -17,16 +17,19 @@ import msgspec
 
 from sensorium.errors import NOT_LOADED, UnavailableError
 from sensorium.server.batches.calls import Caller, Reply
+from sensorium.server.batches.isolation import (
+    FIRST_WAIT,
+    LATER,
+    LONGEST_WAIT,
+    IsolatingCaller,
+)
 from sensorium.server.batches.lines import BadLine, Line, output_id
 from sensorium.server.batches.slots import Slot, Slots
 
 AGAIN = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses of a server that may answer later."""
-LATER = frozenset({429, 502, 503})
-"""Those that say nothing about a request: with one of them it is not answered."""
 LAST_CALLS = 60.0
 """Seconds that calls which still run have when the server has been away for too long."""
-FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0
 LONGEST_ASKED = 300.0
 """Seconds for which a server may ask to be left alone; after them it is asked again."""
 MOST_ASIDE = 256
@@ -95,7 +98,8 @@ class LineRunner:
 
     A line that the server refuses for now is put aside, so that others, of other models perhaps,
     go on meanwhile. One that it keeps refusing gets no output: the run ends, to be gone on with
-    later.
+    later. Lines that ran when an engine ended are tried again alone, so that the one that ends it
+    fails and the others do not.
 
     Args:
         caller: Answers the requests.
@@ -114,7 +118,7 @@ class LineRunner:
         slots: Slots | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._caller = caller
+        self._caller = IsolatingCaller(caller)
         self._num_at_once = num_at_once
         self._patience = patience
         self._slots = slots or Slots(num_at_once)
@@ -364,11 +368,11 @@ def answered(line: Line, reply: Reply) -> Outcome:
     if body is None:
         error = {
             "code": "bad_answer",
-            "message": f"The server answered {reply.status} without valid JSON.",
+            "message": f"The server answered {reply.status} without a JSON object.",
             "param": None,
             "line": line.number,
         }
-    text = _line(line.number, line.custom_id, {**response, "body": body}, error)
+    text = _line(line, {**response, "body": body}, error)
     return Outcome(
         line.number,
         body is not None and reply.status == 200,
@@ -398,13 +402,13 @@ def _refusal_of(line: Line, reply: Reply) -> UnavailableError:
 
 def refused(line: BadLine) -> Outcome:
     """Return the output for a line that is no request."""
-    return Outcome(line.number, False, _line(line.number, line.custom_id, None, line.error()))
+    return Outcome(line.number, False, _line(line, None, line.error()))
 
 
-def _line(number: int, custom_id: str | None, response: Any, error: Any) -> bytes:
+def _line(line: Line | BadLine, response: Any, error: Any) -> bytes:
     entry = {
-        "id": output_id(number),
-        "custom_id": custom_id,
+        "id": output_id(line.number, line.digest),
+        "custom_id": line.custom_id,
         "response": response,
         "error": error,
     }
@@ -412,7 +416,9 @@ def _line(number: int, custom_id: str | None, response: Any, error: Any) -> byte
 
 
 def _body(raw: bytes) -> Any:
-    """Return JSON as it is, in one line; None for what is no JSON."""
+    """Return a JSON object as it is, in one line; None for anything else."""
+    if not raw.lstrip().startswith(b"{"):
+        return None
     try:
         if b"\n" in raw or b"\r" in raw:
             return msgspec.json.decode(raw)

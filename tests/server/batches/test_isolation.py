@@ -1,0 +1,130 @@
+"""The line that ends its engine has failed; those that ran beside it are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import msgspec
+import pytest
+
+from sensorium.engine.serving.client import ENDED, RESTARTING
+from sensorium.server.batches import isolation
+from sensorium.server.batches.calls import Reply
+from sensorium.server.batches.isolation import Gate, IsolatingCaller
+from sensorium.server.batches.lines import Line
+from sensorium.server.batches.runner import LineRunner, Outcome
+
+OK = Reply(200, "r", b"{}")
+
+
+def unavailable(message: str) -> Reply:
+    error = {"code": "engine_unavailable", "message": message}
+    return Reply(503, "r", msgspec.json.encode({"error": error}), 0.0)
+
+
+class Engine:
+    """A caller whose engine ends with a body ``killer``, and is away for some calls then."""
+
+    def __init__(self, most_deaths: int | None = None) -> None:
+        self.num_deaths = 0
+        self.num_calls = 0
+        self._most_deaths = most_deaths
+        self._away = 0
+        self._running: set[asyncio.Event] = set()
+
+    async def call(self, url: str, body: bytes) -> Reply:
+        self.num_calls += 1
+        if self._away:
+            self._away -= 1
+            return unavailable(RESTARTING)
+        died = asyncio.Event()
+        self._running.add(died)
+        for _ in range(20):
+            await asyncio.sleep(0)
+            if died.is_set():
+                return unavailable(ENDED)
+        self._running.discard(died)
+        if b"killer" not in body or self.num_deaths == self._most_deaths:
+            return OK
+        self.num_deaths += 1
+        self._away = 3
+        for other in self._running:
+            other.set()
+        self._running.clear()
+        return unavailable(ENDED)
+
+
+async def outcomes(engine: Engine, bodies: list[bytes]) -> dict[int, Outcome]:
+    found: dict[int, Outcome] = {}
+
+    async def write(outcome: Outcome) -> None:
+        assert outcome.number not in found
+        found[outcome.number] = outcome
+
+    lines = (Line(n, f"id {n}", "/v1/completions", body) for n, body in enumerate(bodies))
+    async with asyncio.timeout(60):
+        await LineRunner(engine, 8, patience=600).run(lines, write)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "FIRST_WAIT", 0.0)
+
+
+async def test_the_killer_fails_and_the_others_are_answered() -> None:
+    engine = Engine()
+    found = await outcomes(engine, [b"{}"] * 5 + [b'{"killer": 1}'] + [b"{}"] * 30)
+    assert [n for n, outcome in found.items() if not outcome.succeeded] == [5]
+    assert len(found) == 36
+    response = json.loads(found[5].text)["response"]
+    assert response["status_code"] == 500
+    assert response["body"]["error"]["code"] == "engine_ended"
+    assert engine.num_deaths == 3  # beside others, and twice alone
+    assert engine.num_calls < 100
+
+
+async def test_a_line_that_runs_the_second_time_is_answered() -> None:
+    engine = Engine(most_deaths=2)
+    found = await outcomes(engine, [b"{}", b'{"killer": 1}'])
+    assert all(outcome.succeeded for outcome in found.values())
+
+
+async def test_an_engine_that_is_away_is_no_death() -> None:
+    class Away:
+        async def call(self, url: str, body: bytes) -> Reply:
+            return unavailable(RESTARTING)
+
+    reply = await IsolatingCaller(Away()).call("/v1/completions", b"{}")
+    assert reply == unavailable(RESTARTING)
+
+
+async def test_one_alone_waits_for_others_and_they_for_it() -> None:
+    gate, seen = Gate(), list[str]()
+
+    async def beside(name: str) -> None:
+        async with gate.beside():
+            seen.append(f"{name} in")
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            seen.append(f"{name} out")
+
+    async def alone(name: str) -> None:
+        async with gate.alone():
+            seen.append(f"{name} in")
+            await asyncio.sleep(0)
+            seen.append(f"{name} out")
+
+    cancelled = asyncio.ensure_future(beside("never"))
+    async with asyncio.TaskGroup() as group:
+        group.create_task(beside("a"))
+        group.create_task(beside("b"))
+        group.create_task(alone("c"))
+        group.create_task(alone("d"))
+        group.create_task(beside("e"))
+        cancelled.cancel()
+    assert seen == [
+        *("a in", "b in", "a out", "b out"),
+        *("c in", "c out", "d in", "d out", "e in", "e out"),
+    ]
