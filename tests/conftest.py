@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.rewriting import rewrite_all
+from tests.rewriting import compile_all
 
 SHARED = ("tests/reliability/", "tests/ray/")
 """Folders whose tests share servers, or a cluster, for the whole session: of each of them, one
@@ -72,7 +73,21 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if session.config.getoption("numprocesses", None) and not hasattr(
         session.config, "workerinput"
     ):
-        rewrite_all(session.config, ROOT / "tests")
+        compile_all(session.config, ROOT)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Keep the collector of garbage from what each process loads for all tests.
+
+    It would walk these two million objects while they come, and again whenever a test collects.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 from tests.private_names import uses_by_folder
 
@@ -179,6 +178,12 @@ def room(path: Path) -> str:
     return first.removesuffix(".py")
 
 
+def short(path: Path) -> str:
+    """The name of a file within the package."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+@cache
 def imports(path: Path) -> list[tuple[str, bool, bool]]:
     """(dotted name, at top level, for type checking only) of every import."""
     found: list[tuple[str, bool, bool]] = []
@@ -202,12 +207,14 @@ def imports(path: Path) -> list[tuple[str, bool, bool]]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_directions(path: Path) -> None:
+def wrong_directions(path: Path) -> Iterator[str]:
+    """What is wrong with the packages that a file imports."""
     own = room(path)
     if own in ("__init__", "__main__", "entrypoints", "assets", "demo", "demo_audio"):
         return
-    assert own in ROWS, f"{own} has no row: add it to the drawing and to this test"
+    if own not in ROWS:
+        yield f"{own} has no row: add it to the drawing and to this test"
+        return
     for name, _, _ in imports(path):
         parts = name.split(".")
         if parts[0] != "sensorium" or len(parts) < 2 or parts[1] not in ROWS:
@@ -215,12 +222,25 @@ def test_directions(path: Path) -> None:
         other = parts[1]
         if other == own:
             continue
-        assert ROWS[other] < ROWS[own] or (own, other) in SAME_ROW, f"{own} imports {name}"
+        if not (ROWS[other] < ROWS[own] or (own, other) in SAME_ROW):
+            yield f"{own} imports {name}"
         allowed = MODULES_ALLOWED.get((own, other))
-        if allowed is not None and len(parts) > 2:
-            assert parts[2] in allowed, (
-                f"{own} may import only {sorted(allowed)} of {other}: {name}"
-            )
+        if allowed is not None and len(parts) > 2 and parts[2] not in allowed:
+            yield f"{own} may import only {sorted(allowed)} of {other}: {name}"
+
+
+def found_in(files: Sequence[Path], check: Callable[[Path], Iterable[str]]) -> dict[str, list[str]]:
+    """What is wrong by the name of its file, without files that nothing is wrong with.
+
+    One test looks at all files: as a test each, they were a quarter of all tests, which every
+    process of a run would collect.
+    """
+    found = {short(path): list(check(path)) for path in files}
+    return {name: wrong for name, wrong in found.items() if wrong}
+
+
+def test_directions() -> None:
+    assert found_in(FILES, wrong_directions) == {}
 
 
 def inner_room(parts: Sequence[str], order: Mapping[str, int]) -> str:
@@ -229,20 +249,14 @@ def inner_room(parts: Sequence[str], order: Mapping[str, int]) -> str:
     return ".".join(names[:2]) if ".".join(names[:2]) in order else names[0]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        p
-        for p in FILES
-        if room(p) in INNER_ORDER and p.parent != PACKAGE and p.name != "__init__.py"
-    ],
-    ids=lambda p: str(p.relative_to(PACKAGE)),
-)
-def test_inner_directions(path: Path) -> None:
+def wrong_inner_directions(path: Path) -> Iterator[str]:
+    """What is wrong with the rooms of its own package that a file imports."""
     package = room(path)
     order = {name: row for row, names in enumerate(INNER_ORDER[package]) for name in names}
     own = inner_room(path.relative_to(PACKAGE / package).parts, order)
-    assert own in order, f"{own} of {package} has no place: add it to INNER_ORDER"
+    if own not in order:
+        yield f"{own} of {package} has no place: add it to INNER_ORDER"
+        return
     for name, _, typing_only in imports(path):
         parts = name.split(".")
         if parts[:2] != ["sensorium", package] or len(parts) < 3 or typing_only:
@@ -251,7 +265,15 @@ def test_inner_directions(path: Path) -> None:
         if other.split(".")[0] == own.split(".")[0] or other not in order:
             continue
         beside = order[other] == order[own] and not (PACKAGE / package / other).is_dir()
-        assert order[other] < order[own] or beside, f"{package}/{own} imports {name}"
+        if not (order[other] < order[own] or beside):
+            yield f"{package}/{own} imports {name}"
+
+
+def test_inner_directions() -> None:
+    inner = [p for p in FILES if p.parent != PACKAGE and p.name != "__init__.py"]
+    inner = [p for p in inner if room(p) in INNER_ORDER]
+    assert {room(path) for path in inner} == set(INNER_ORDER)
+    assert found_in(inner, wrong_inner_directions) == {}
 
 
 def test_folders_are_small() -> None:
@@ -260,17 +282,21 @@ def test_folders_are_small() -> None:
         assert len(names) <= MOST_FILES, f"{folder.relative_to(PACKAGE)}: {len(names)} files"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_files_and_functions_are_short(path: Path) -> None:
-    """Kernels apart: a kernel is one long loop, and calls in it would cost."""
-    if room(path) == "kernels":
-        return
+def too_long(path: Path) -> Iterator[str]:
+    """The file, if it is too long, and each function that is."""
     text = path.read_text()
-    assert text.count("\n") <= MOST_LINES, "split it where a reader would"
+    if (num_lines := text.count("\n")) > MOST_LINES:
+        yield f"has {num_lines} lines: split it where a reader would"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             num_lines = (node.end_lineno or 0) - node.lineno + 1
-            assert num_lines <= MOST_FUNCTION_LINES, f"{node.name} has {num_lines} lines"
+            if num_lines > MOST_FUNCTION_LINES:
+                yield f"{node.name} has {num_lines} lines"
+
+
+def test_files_and_functions_are_short() -> None:
+    """Kernels apart: a kernel is one long loop, and calls in it would cost."""
+    assert found_in([p for p in FILES if room(p) != "kernels"], too_long) == {}
 
 
 def links_of_architecture() -> Iterator[tuple[str, str]]:
@@ -303,17 +329,23 @@ def test_the_tree_names_each_folder() -> None:
     assert folders <= named, f"not in the tree of docs/architecture.md: {folders - named}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_foreign_imports(path: Path) -> None:
+def wrong_foreign_imports(path: Path) -> Iterator[str]:
+    """What is wrong with the libraries that a file imports."""
     own = room(path)
     for name, top, typing_only in imports(path):
         root = name.split(".")[0]
-        assert root not in FORBIDDEN.get(own, set()) or typing_only, f"{own} imports {name}"
-        assert not (root in EVERYWHERE_LAZY and top), f"{name} must be imported inside a function"
-        assert not (root in ONLY_SERVER and own not in ("server", "cli", "ray")), (
-            f"{own} imports {name}"
-        )
-        assert not (root in ONLY_RAY and own != "ray"), f"{own} imports {name}"
+        if root in EVERYWHERE_LAZY and top:
+            yield f"{name} must be imported inside a function"
+        if (
+            (root in FORBIDDEN.get(own, set()) and not typing_only)
+            or (root in ONLY_SERVER and own not in ("server", "cli", "ray"))
+            or (root in ONLY_RAY and own != "ray")
+        ):
+            yield f"{own} imports {name}"
+
+
+def test_foreign_imports() -> None:
+    assert found_in(FILES, wrong_foreign_imports) == {}
 
 
 def test_the_scheduler_loop_fits_on_a_screen() -> None:

@@ -19,9 +19,8 @@ ARGUMENTS = {
 """Positional arguments that a command cannot do without."""
 
 
-def commands(parser: argparse.ArgumentParser | None = None) -> Iterator[argparse.ArgumentParser]:
+def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     """Yield the parser of each command that does something."""
-    parser = parser or build_parser()
     lists = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     if not lists:
         yield parser
@@ -30,12 +29,9 @@ def commands(parser: argparse.ArgumentParser | None = None) -> Iterator[argparse
             yield from commands(sub)
 
 
-def named(name: str) -> argparse.ArgumentParser:
-    return next(parser for parser in commands() if parser.prog == f"sensorium {name}")
-
-
-NAMES = [parser.prog.removeprefix("sensorium ") for parser in commands()]
-LONG = [name for name in NAMES if len(named(name)._option_string_actions) > 40]
+PARSERS = {found.prog.removeprefix("sensorium "): found for found in commands(build_parser())}
+NAMES = list(PARSERS)
+LONG = [name for name in NAMES if len(PARSERS[name]._option_string_actions) > 40]
 
 
 def test_the_commands_are_those() -> None:
@@ -45,7 +41,7 @@ def test_the_commands_are_those() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_example_parses(name: str) -> None:
-    parser = named(name)
+    parser = PARSERS[name]
     common: dict[str, str] = getattr(parser, "common", {})
     shown = help_text(parser, "all")
     examples = [example for example in common.values() if "--config" not in example]
@@ -59,7 +55,7 @@ def test_every_example_parses(name: str) -> None:
 
 @pytest.mark.parametrize("name", LONG)
 def test_it_is_short_by_default(name: str) -> None:
-    parser = named(name)
+    parser = PARSERS[name]
     short, whole = help_text(parser), help_text(parser, "all")
     assert len(short.splitlines()) < 60 < len(whole.splitlines())
     assert 3 <= short.count("Example:") <= 10
@@ -72,7 +68,7 @@ def test_it_is_short_by_default(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(LONG)))
 def test_a_command_with_few_flags_shows_all(name: str) -> None:
-    parser = named(name)
+    parser = PARSERS[name]
     assert "--help GROUP" not in help_text(parser) or len(help_text(parser).splitlines()) < 70
 
 

@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ray.serve.schema import ServeDeploySchema
 
 from sensorium.config import ServerConfig
-from sensorium.ray import build_app
-from sensorium.ray.serving import app
 
 FILE = Path(__file__).parents[2] / "examples" / "deploy" / "rayservice.yaml"
 
@@ -41,6 +38,11 @@ def options() -> dict[str, Any]:
 
 
 def test_ray_serve_takes_the_configuration() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from sensorium.ray import build_app
+    from sensorium.ray.serving import app
+
     config = ServeDeploySchema.model_validate(yaml.safe_load(service()["serveConfigV2"]))
     [application] = config.applications
     assert application.import_path == "sensorium.ray:build_app"
@@ -67,6 +69,8 @@ def test_pods_fit_their_schema() -> None:
 
 
 def test_a_worker_has_room_for_its_replicas_and_time_to_end() -> None:
+    from sensorium.ray.serving import app
+
     worker, given = pods()["ray-worker"]["spec"], options()
     [container] = worker["containers"]
     assert (

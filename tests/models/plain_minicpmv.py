@@ -1,8 +1,8 @@
 """MiniCPM-V 2.6 in plain torch, written down from the published description and not from ours.
 
 The tower's layers and the decoder are those of ``transformers``, the resampler's attention is
-torch's. Views come as a padded batch with masks, as in the published model; nothing here is shared
-with the package.
+torch's, imported by those who build a model. Views come as a padded batch with masks, as in the
+published model; nothing here is shared with the package.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
+if TYPE_CHECKING:
+    from transformers import SiglipVisionConfig
 
 Item = np.ndarray | list[np.ndarray]
 """A picture, or the frames of a video."""
@@ -54,6 +55,8 @@ class Embeddings(nn.Module):
 
 class Tower(nn.Module):
     def __init__(self, config: SiglipVisionConfig, drop_last: bool) -> None:
+        from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = SiglipEncoder(config)
@@ -113,6 +116,8 @@ class PlainMiniCPMV(nn.Module):
     """The weights under their published names."""
 
     def __init__(self, config: dict[str, Any]) -> None:
+        from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig
+
         super().__init__()
         eager = {"attn_implementation": "eager"}
         vision = SiglipVisionConfig(**config["vision_config"], **eager)

@@ -17,11 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-)
 
 HOP = 160
 
@@ -30,6 +25,12 @@ class PlainUltravox:
     """Reads the folder's projector, and the backbones of the folders ``text`` and ``whisper``."""
 
     def __init__(self, folder: Path) -> None:
+        from transformers import (
+            AutoModelForCausalLM,
+            WhisperFeatureExtractor,
+            WhisperForConditionalGeneration,
+        )
+
         self.config = json.loads((folder / "config.json").read_text())
         tensors = load_file(folder / "model.safetensors")
         prefix = "multi_modal_projector."

@@ -5,6 +5,7 @@ After every test that used one it must answer a good request as it did at first.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,9 @@ SERVED = {"served", "closed", "tight", "narrow", "hasty", "hasty_offline"}
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what needs a server, by itself or by one of its parameters."""
+    own = os.fspath(Path(__file__).parent) + os.sep
     for item in items:
-        if not isinstance(item, pytest.Function) or Path(__file__).parent not in item.path.parents:
+        if not isinstance(item, pytest.Function) or not os.fspath(item.path).startswith(own):
             continue
         call = getattr(item, "callspec", None)
         chosen = (

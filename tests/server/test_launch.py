@@ -19,9 +19,11 @@ from tests.server.harness import running, until
 @pytest.fixture
 def restored() -> Iterator[None]:
     """Undo what holds for the whole process."""
-    interval = sys.getswitchinterval()
+    interval, num_frozen = sys.getswitchinterval(), gc.get_freeze_count()
     yield
     gc.unfreeze()
+    if num_frozen:  # as tests/conftest.py has left it
+        gc.freeze()
     sys.setswitchinterval(interval)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
-from transformers import WhisperFeatureExtractor
 
 from sensorium.errors import ConfigError
 from sensorium.models.media.mel import (
@@ -15,6 +16,9 @@ from sensorium.models.media.mel import (
     pad_to_hops,
     read_mel_config,
 )
+
+if TYPE_CHECKING:
+    from transformers import WhisperFeatureExtractor
 
 TOLERANCE = 2e-5
 
@@ -32,6 +36,8 @@ def sound(length: int, seed: int) -> np.ndarray:
 
 
 def extractor(num_bins: int) -> WhisperFeatureExtractor:
+    from transformers import WhisperFeatureExtractor
+
     return WhisperFeatureExtractor(feature_size=num_bins)
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from anthropic import APIStatusError, AsyncAnthropic, AuthenticationError
-from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from sensorium.errors import EngineDeadError, PromptTooLongError
 from tests.server.fake_frontend import TOKENIZER, FakeFrontend, fail
 from tests.server.harness import USER, Answer, App, running
 
+if TYPE_CHECKING:
+    from anthropic.types import Message
+
 REPLY = "Hello, world!"
 NUM_TOKENS = len(TOKENIZER.encode(REPLY))
-EVENT = TypeAdapter(RawMessageStreamEvent)
 WEATHER = {
     "name": "weather",
     "description": "The weather of a place.",
@@ -31,8 +32,18 @@ async def ask(app: App, **body: Any) -> Answer:
     return await app.post("/v1/messages", {"messages": USER, "max_tokens": 256, **body})
 
 
+@cache
+def event_reader() -> TypeAdapter[Any]:
+    """What reads an event of a stream as the official client does, whose import takes seconds."""
+    from anthropic.types import RawMessageStreamEvent
+
+    return TypeAdapter(RawMessageStreamEvent)
+
+
 def parsed(answer: Answer) -> Message:
     """The message, as the official client's model takes it."""
+    from anthropic.types import Message
+
     assert answer.status == 200, answer.body
     return Message.model_validate(answer.json())
 
@@ -46,7 +57,7 @@ def events_of(answer: Answer) -> list[Any]:
         value = json.loads(data.removeprefix("data: "))
         assert name == f"event: {value['type']}"
         if value["type"] != "ping":
-            events.append(EVENT.validate_python(value))
+            events.append(event_reader().validate_python(value))
     return events
 
 
@@ -287,6 +298,8 @@ async def test_the_key_may_be_in_a_header_of_its_own_on_these_paths_alone() -> N
 
 
 async def test_tokens_are_counted() -> None:
+    from anthropic.types import MessageTokensCount
+
     app = App()
     body = {"messages": USER, "system": "Yo", "model": "demo"}
     counted = MessageTokensCount.model_validate(
@@ -297,6 +310,8 @@ async def test_tokens_are_counted() -> None:
 
 
 async def test_the_official_client_streams_and_uses_tools() -> None:
+    from anthropic import APIStatusError, AsyncAnthropic, AuthenticationError
+
     async with running(FakeFrontend(reply=f"Well. {CALL}"), api_key=("right",)) as server:
         client = AsyncAnthropic(base_url=server.base_url, api_key="right", max_retries=0)
         asked: Any = {"model": "demo", "max_tokens": 256, "messages": USER, "tools": [WEATHER]}
