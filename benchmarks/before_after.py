@@ -35,7 +35,6 @@ BEFORE, AFTER = "before", "after"
 SHAPE = "qwen2-0.5b"
 MEASUREMENTS = ("decode_b1_short", "decode_b8_short", "prefill")
 IMPORTS = {"import": "import sensorium", "import_llm": "from sensorium import LLM"}
-IMAGES_A_ROUND = 5
 KV_CACHE_GIB = 1
 
 
@@ -103,13 +102,13 @@ def measure_imports(side: Side, figures: Figures) -> None:
         figures.note(name, side.name, side.seconds_to_import(statement), "s")
 
 
-async def measure_server(side: Side, figures: Figures, round_: int) -> None:
+async def measure_server(side: Side, figures: Figures, round_: int, num_images: int) -> None:
     """Note the start until /health is 200, and the first tokens of new and known images."""
     begin = time.perf_counter()
     async with side.server() as server:
         figures.note("serve_start", side.name, time.perf_counter() - begin, "s")
         await first_tokens(server.base_url, pairs=1, number=999)  # first uses
-        found = await first_tokens(server.base_url, pairs=IMAGES_A_ROUND, number=1000 * round_)
+        found = await first_tokens(server.base_url, pairs=num_images, number=1000 * round_)
     for kind in ("new", "known"):
         for seconds in found[f"{kind}_seconds"]:
             figures.note(f"image_{kind}", side.name, seconds, "s")
@@ -170,6 +169,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("after", metavar="AFTER", nargs="?", default="HEAD")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--server-rounds", type=int, default=5, help="of imports and servers")
+    parser.add_argument(
+        "--images", type=int, default=5, help="pairs of a new and a known one for each server"
+    )
     parser.add_argument("--dtypes", nargs="*", default=None, help="default: as the machine has")
     parser.add_argument("--num-threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
     parser.add_argument(
@@ -201,11 +203,11 @@ def main() -> None:
             report.content[name] = commit
         for side in {side.checkout: side for side in sides}.values():  # compiles both, and kernels
             measure_imports(side, Figures())
-            asyncio.run(measure_server(side, Figures(), 0))
+            asyncio.run(measure_server(side, Figures(), 0, 1))
         for round_ in range(options.server_rounds):
             for side in in_turn(sides, round_):
                 measure_imports(side, figures)
-                asyncio.run(measure_server(side, figures, round_ + 1))
+                asyncio.run(measure_server(side, figures, round_ + 1, options.images))
         _show(figures, begin)
         checkpoint = options.checkpoint
         if dtypes and checkpoint is None:

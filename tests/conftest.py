@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.rewriting import compile_all
 
@@ -29,6 +30,7 @@ NOT_FAST = (
     "tests/bench/",
     "tests/browser/",
     "tests/cli/chat/test_local.py",
+    "tests/cli/chat/test_terminal.py",
     "tests/cli/commands/test_bench.py",
     "tests/cli/commands/test_embed.py",
     "tests/clients/",
@@ -36,6 +38,7 @@ NOT_FAST = (
     "tests/docs/test_site.py",
     "tests/docs/test_troubleshooting.py",
     "tests/e2e/",
+    "tests/engine/grammar/test_compiler.py",
     "tests/engine/parallel/",
     "tests/engine/serving/test_process.py",
     "tests/engine/serving/test_worker.py",
@@ -48,6 +51,7 @@ NOT_FAST = (
     "tests/processes/",
     "tests/runtime/",
     "tests/test_async_llm.py",
+    "tests/test_docs_assets.py",
     "tests/test_embed.py",
     "tests/test_llm",
     "tests/training/",
@@ -55,6 +59,10 @@ NOT_FAST = (
 """Beginnings of the names of folders and files that ``--fast`` leaves out, besides tests marked as
 slow: they compile kernels, run models or start processes."""
 ROOT = Path(__file__).parents[1]
+
+# No example fails for the time that it takes, or that making it takes: other programs may run.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

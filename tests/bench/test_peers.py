@@ -90,7 +90,7 @@ print("free", flush=True); sys.stdin.readline()
     assert peaks.peak > 190_000_000
     assert peaks.anonymous > 190_000_000
     watch.stop()
-    tree.end(tree.root.stdin.close, timeout=30, children_timeout=5)
+    tree.end(tree.root.stdin.close, timeout=60, children_timeout=60)
     assert watch.peaks().peak == 0
 
 

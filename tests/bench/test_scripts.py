@@ -101,7 +101,7 @@ def test_before_after(tmp_path: Path) -> None:
     own = caches / "-".join(ROOT.parts[1:])
     own.mkdir(parents=True)
     (own / "xdg").symlink_to(environment.cache_root())
-    flags = ("--server-rounds", "1", "--caches", str(caches), "--dtypes")
+    flags = ("--server-rounds", "1", "--images", "1", "--caches", str(caches), "--dtypes")
     found = run("before_after", tmp_path / "before-after.json", str(ROOT), str(ROOT), *flags)
     names = {"import", "import_llm", "serve_start", "image_new", "image_known"}
     assert set(found["figures"]) == names

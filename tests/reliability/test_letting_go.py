@@ -96,7 +96,7 @@ SCRIPT = """
 
     def held():
         me = psutil.Process()
-        until = time.monotonic() + 30  # threads that were told to end may need a moment
+        until = time.monotonic() + 60  # threads that were told to end may need a moment
         while threading.active_count() > 1 and time.monotonic() < until:
             time.sleep(0.01)
         threads = sorted(t.name for t in threading.enumerate())

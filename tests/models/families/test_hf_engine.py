@@ -185,7 +185,7 @@ def test_chat_about_sounds_without_a_template_of_the_folder(tmp_path: Path, fami
     soundfile.write(buffer, sound.samples, sound.rate, format="WAV", subtype="FLOAT")
     data = {"data": base64.b64encode(buffer.getvalue()).decode(), "format": "wav"}
     content = [{"type": "input_audio", "input_audio": data}, {"type": "text", "text": "hi"}]
-    with LLM(str(folder), max_model_len=600) as llm:
+    with LLM(str(folder), max_model_len=600, num_media_workers=1) as llm:
         (out,) = llm.chat([{"role": "user", "content": content}], GREEDY, use_tqdm=False)
         expected = SOUNDS[family].format(PLACEHOLDERS[family])
         ids = text_ids(folder, expected.removeprefix("<s>"))

@@ -128,7 +128,7 @@ class Model:
     dtype = getattr(torch, sys.argv[2])
     device = torch.device("cpu")
     ignored_weights = ()
-    layers = [Linear(1024, 4096) for _ in range(24)]
+    layers = [Linear(1024, 4096) for _ in range(12)]
     def slots(self):
         for i, layer in enumerate(self.layers):
             yield linear_slot(layer, [(f"{i}.a", 2048), (f"{i}.b", 2048)])
@@ -167,7 +167,7 @@ def test_the_peak_of_loading_is_near_the_weights(tmp_path: Path, dtype: str, for
     """
     tensors = {
         f"{i}.{part}.weight": torch.randn(2048, 1024).to(torch.bfloat16)
-        for i in range(24)
+        for i in range(12)
         for part in "ab"
     }
     save_file(tensors, tmp_path / "model.safetensors")
@@ -176,6 +176,6 @@ def test_the_peak_of_loading_is_near_the_weights(tmp_path: Path, dtype: str, for
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peak, after, more = map(float, done.stdout.split())
         assert after < 1.2, done.stdout
-        # Besides the model: the scratch buffer of a slot (1/24), and pages of few slots; for
+        # Besides the model: the scratch buffer of a slot (1/12), and pages of few slots; for
         # quantized ones, which are smaller, buffers whose size depends on no model.
         assert peak < 1.25 if form == "none" else more < 45, done.stdout
