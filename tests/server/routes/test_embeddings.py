@@ -179,7 +179,8 @@ async def test_a_client_that_goes_away_frees_its_work() -> None:
         await until(lambda: frontend.num_open == 2)
         writer.close()
         await until(lambda: frontend.num_open == 0)
-        assert server.app.state.context.models.default.admission.num_waiting == 0
+        admission = server.app.state.context.models.default.admission
+        await until(lambda: admission.num_waiting == 0)
 
 
 async def test_the_openai_client() -> None:
