@@ -92,6 +92,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"fetch"},
         {"parse"},
         {"stats", "files", "context"},
+        {"item_digests"},
         {"pipeline"},
     ),
     "text": (

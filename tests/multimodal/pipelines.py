@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sensorium.config import MediaConfig
-from sensorium.multimodal.cache.features import FeatureCache
+from sensorium.multimodal.cache.features import FeatureCache, NamedFeatures
 from sensorium.multimodal.items import MediaItem, MediaRef, Modality
 from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.workers.threads import ThreadWorkers
@@ -15,7 +15,14 @@ from tests.multimodal.support import (
 class Setup:
     """A pipeline with its parts at hand."""
 
-    def __init__(self, *, cache_bytes: int = 1 << 20, ids_matter: bool = True, **config) -> None:
+    def __init__(
+        self,
+        *,
+        cache_bytes: int = 1 << 20,
+        ids_matter: bool = True,
+        elsewhere: NamedFeatures | None = None,
+        **config,
+    ) -> None:
         config.setdefault("allowed_media_domains", ("127.0.0.1",))
         self.processor = FakeProcessor()
         self.cache = FeatureCache(cache_bytes)
@@ -25,6 +32,7 @@ class Setup:
             self.cache,
             workers=ThreadWorkers(2),
             ids_matter=ids_matter,
+            elsewhere=elsewhere,
         )
 
     async def load(self, *refs: MediaRef, **options) -> list[MediaItem]:

@@ -1,11 +1,13 @@
-"""Embeddings that replicas share: the index, and what a replica does with it."""
+"""What replicas share through an index: embeddings, and the index itself."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,24 +15,29 @@ import pytest
 import ray
 from ray.serve.exceptions import RayServeException
 
-from sensorium.config import engine_config
+from sensorium.config import EngineConfig, engine_config
 from sensorium.engine import wire
+from sensorium.engine.stats import EngineFacts
 from sensorium.errors import EngineDeadError
-from sensorium.ray.media import embeddings
-from sensorium.ray.media.embeddings import (
-    EmbeddingsRef,
-    SharedEmbeddings,
-    SharedIndex,
-    space_of,
-)
+from sensorium.models.loading import checkpoint
+from sensorium.models.loading.weight_files import identity_of_checkpoint
+from sensorium.multimodal.items import Features, MediaItem
+from sensorium.ray.media import index as indexes
+from sensorium.ray.media.embeddings import SharedEmbeddings, space_of
+from sensorium.ray.media.index import IndexClient, SharedIndex, SharedRef
 
 BITS = np.arange(32, dtype=np.uint8).reshape(4, 8)
+FACTS = EngineFacts(64, 4, 16, 64, "cpu", "bfloat16", 1, 0.0, embed_bytes=8)
 
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the index answer late, as on a machine under load."""
-    monkeypatch.setattr(embeddings, "FIND_SECONDS", 60.0)
+    monkeypatch.setattr(indexes, "FIND_SECONDS", 60.0)
+
+
+def item(digest: bytes, num_embeds: int = 4) -> MediaItem:
+    return MediaItem("image", digest, Features("image", {}, num_embeds))
 
 
 class FakeClient:
@@ -47,8 +54,8 @@ class FakeClient:
         return wire.Embeddings(1, self._digests.get(digest), "bfloat16")
 
 
-def reference(num_bytes: int) -> EmbeddingsRef:
-    return EmbeddingsRef(None, "float32", num_bytes)  # type: ignore[arg-type]
+def reference(num_bytes: int, data: object = None) -> SharedRef:
+    return SharedRef(data, num_bytes)  # type: ignore[arg-type]
 
 
 def test_the_index_keeps_to_its_budget() -> None:
@@ -63,8 +70,25 @@ def test_the_index_keeps_to_its_budget() -> None:
     index.keep(b"b", reference(60))
     assert index.stats() == (2, 100)
     index.keep(b"too large", reference(101))
-    index.forget(b"unknown")
+    index.forget(b"unknown", reference(1))
     assert index.stats() == (2, 100)
+
+
+def test_the_index_keeps_so_many_however_small() -> None:
+    index = SharedIndex(100, most_entries=2)
+    for name in (b"a", b"b", b"c"):
+        index.keep(name, reference(0))
+    assert (index.stats(), index.find(b"a")) == ((2, 0), None)
+
+
+def test_a_complaint_about_the_one_before_takes_nothing_away() -> None:
+    index = SharedIndex(100)
+    index.keep(b"a", reference(40, "old"))
+    index.keep(b"a", reference(40, "new"))
+    index.forget(b"a", reference(40, "old"))
+    assert index.find(b"a") == reference(40, "new")
+    index.forget(b"a", reference(40, "new"))
+    assert index.stats() == (0, 0)
 
 
 @pytest.fixture
@@ -75,27 +99,72 @@ def index(ray_address: str) -> Any:
 
 
 async def test_one_replica_finds_what_another_has_encoded(index: Any) -> None:
-    one, other = SharedEmbeddings(index, b"model"), SharedEmbeddings(index, b"model")
+    one, other = (SharedEmbeddings(index, b"model", FACTS) for _ in range(2))
     client: Any = FakeClient({b"item": BITS})
-    assert await other.find(b"item") is None
-    one.offer([b"item", b"gone", b"dead"], client)
-    one.offer([b"item"], client)
+    assert await other.find(item(b"item")) is None
+    one.offer([item(b"item"), item(b"gone"), item(b"dead")], client)
+    one.offer([item(b"item")], client)
     await one.settled()
-    assert client.asked == [b"item", b"gone", b"dead"], "each once"
-    found = await other.find(b"item")
+    assert client.asked == [b"item", b"gone", b"dead"], "one offer at a time"
+    one.offer([item(b"item"), item(b"gone"), item(b"dead")], client)
+    await one.settled()
+    assert client.asked[3:] == [b"gone", b"dead"], "again what has not been offered"
+    found = await other.find(item(b"item"))
     assert found is not None
     assert found[0].tobytes() == BITS.tobytes()
     assert (found[0].shape, found[1]) == (BITS.shape, "bfloat16")
     assert (one.num_offered, other.num_found) == (1, 1)
-    assert await SharedEmbeddings(index, b"other model").find(b"item") is None
+    assert await SharedEmbeddings(index, b"other model", FACTS).find(item(b"item")) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "dtype"),
+    [
+        (BITS[:3], "bfloat16"),
+        (BITS.astype(np.int16), "bfloat16"),
+        (BITS, "float16"),
+        ({"embeds": BITS}, "bfloat16"),
+    ],
+)
+async def test_what_is_not_as_it_should_be_is_forgotten(index: Any, data: Any, dtype: str) -> None:
+    shared = SharedEmbeddings(index, b"model", FACTS)
+    await index.keep.remote(b"model" + b"item", SharedRef(ray.put(data), 32, dtype))
+    assert await shared.find(item(b"item")) is None
+    assert await index.stats.remote() == (0, 0)
+    assert shared.num_found == 0
+
+
+async def test_what_was_given_up_may_be_offered_again(index: Any) -> None:
+    shared = SharedEmbeddings(index, b"model", FACTS)
+    client: Any = FakeClient(dict.fromkeys((b"a", b"b"), BITS))
+    for number in range(2):
+        shared.offer([item(b"a")], client)
+        await shared.settled()
+        assert shared.num_offered == number + 1
+        [reference] = [await index.find.remote(b"model" + b"a")]
+        await index.forget.remote(b"model" + b"a", reference)
+        assert await shared.find(item(b"a")) is None
+
+
+async def test_items_of_one_id_and_other_contents_are_told_apart(index: Any) -> None:
+    one, other = (SharedEmbeddings(index, b"model", FACTS) for _ in range(2))
+    red, blue = (
+        MediaItem("image", b"id", Features("image", {}, 4, content=content))
+        for content in (b"red", b"blue")
+    )
+    client: Any = FakeClient({b"id": BITS})
+    one.offer([red], client)
+    await one.settled()
+    assert await other.find(blue) is None
+    assert await other.find(red) is not None
 
 
 class Other:
     """A replica in another process."""
 
     async def offer(self, index: Any) -> int:
-        shared = SharedEmbeddings(index, b"model")
-        shared.offer([b"item"], FakeClient({b"item": BITS}))  # type: ignore[arg-type]
+        shared = SharedEmbeddings(index, b"model", FACTS)
+        shared.offer([item(b"item")], FakeClient({b"item": BITS}))  # type: ignore[arg-type]
         await shared.settled()
         return os.getpid()
 
@@ -103,39 +172,122 @@ class Other:
 async def test_what_a_dead_replica_has_left_is_forgotten(index: Any) -> None:
     other: Any = ray.remote(num_cpus=0)(Other).remote()
     process = await other.offer.remote(index)
-    here = SharedEmbeddings(index, b"model")
-    assert await here.find(b"item") is not None
+    here = SharedEmbeddings(index, b"model", FACTS)
+    assert await here.find(item(b"item")) is not None
     os.kill(process, signal.SIGKILL)
     end = time.monotonic() + 60
-    while await here.find(b"item") is not None or (await index.stats.remote())[0]:
+    while await here.find(item(b"item")) is not None or (await index.stats.remote())[0]:
         assert time.monotonic() < end
         await asyncio.sleep(0.05)
 
 
 class FailingIndex:
-    """An index whose deployment cannot be reached; ``find.remote`` is as that of a handle."""
+    """An index whose deployment cannot be reached; each call is as that of a handle."""
 
     def __init__(self) -> None:
         self.asked = 0
-        self.find = self
+        self.find = self.keep = self
 
-    async def remote(self, key: bytes) -> EmbeddingsRef | None:
+    async def remote(self, *_: object) -> SharedRef | None:
         self.asked += 1
         raise RayServeException("unavailable")
 
 
 async def test_an_index_that_fails_is_left_alone_for_a_while() -> None:
     failing = FailingIndex()
-    shared = SharedEmbeddings(failing, b"model")
-    assert await shared.find(b"one") is None
-    assert await shared.find(b"two") is None
+    shared = SharedEmbeddings(failing, b"model", FACTS)
+    assert await shared.find(item(b"one")) is None
+    assert await shared.find(item(b"two")) is None
     assert failing.asked == 1
 
 
+async def test_offers_that_fail_are_logged_once_and_made_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    client = IndexClient(FailingIndex(), "things")
+
+    async def made() -> SharedRef:
+        return reference(1)
+
+    for _ in range(3):
+        client.offer(b"a", 1, made)
+        await client.settled()
+    assert client.num_offered == 0
+    assert [r.message for r in caplog.records] == ["things are not shared: RayServeException"]
+
+
+async def test_offers_under_way_have_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexes, "MOST_OFFER_BYTES", 100)
+    client, asked, may_go_on = IndexClient(FailingIndex(), "things"), [], asyncio.Event()
+
+    def offer(name: bytes, num_bytes: int) -> None:
+        async def made() -> None:
+            asked.append(name)
+            await may_go_on.wait()
+
+        client.offer(name, num_bytes, made)
+
+    offer(b"large", 1000)
+    offer(b"dropped", 1)
+    may_go_on.set()
+    await client.settled()
+    offer(b"a", 60)
+    offer(b"dropped", 41)
+    offer(b"b", 40)
+    await client.settled()
+    assert asked == [b"large", b"a", b"b"]
+
+
+def space(model: str, facts: EngineFacts = FACTS, **options: Any) -> bytes | None:
+    config: EngineConfig = engine_config(model=model, **options)
+    return space_of(config, facts)
+
+
 def test_models_with_other_weights_share_nothing() -> None:
-    demo = space_of(engine_config(model="demo"))
+    demo = space("demo")
     assert demo is not None
-    assert demo == space_of(engine_config(model="demo"))
-    assert demo != space_of(engine_config(model="demo", dtype="float32"))
-    assert demo != space_of(engine_config(model="demo-audio"))
-    assert space_of(engine_config(model="demo", load_format="dummy")) is None
+    assert demo == space("demo")
+    assert demo != space("demo", dtype="float32")
+    assert demo != space("demo", media_io_kwargs={"video": {"fps": 1}})
+    assert demo != space("demo-audio")
+    assert space("demo", load_format="dummy") is None
+
+
+def test_encoders_whose_bits_differ_share_nothing() -> None:
+    one = space("demo")
+    others = {
+        "dtype": EngineFacts(64, 4, 16, 64, "cpu", "float16", 1, 0.0),
+        "device": EngineFacts(64, 4, 16, 64, "cuda:0", "bfloat16", 1, 0.0),
+    }
+    assert all(space("demo", facts) != one for facts in others.values())
+
+
+def test_copies_of_a_checkpoint_are_told_apart_by_any_change(tmp_path: Path) -> None:
+    def copied(name: str) -> Path:
+        return Path(shutil.copytree(checkpoint.find("demo"), tmp_path / name))
+
+    first, configured, renamed, later = map(copied, ("first", "configured", "renamed", "later"))
+    assert identity_of_checkpoint(first) == identity_of_checkpoint(copied("second"))
+    config = configured / "config.json"
+    config.write_text(config.read_text() + "\n")
+    [weights] = renamed.glob("*.safetensors")
+    weights.rename(renamed / "other.safetensors")
+    [weights] = later.glob("*.safetensors")
+    os.utime(weights, ns=(1, 1))
+    assert (
+        len({identity_of_checkpoint(folder) for folder in (first, configured, renamed, later)}) == 4
+    )
+
+
+def test_a_file_of_the_hubs_cache_is_told_by_its_name_there(tmp_path: Path) -> None:
+    blobs, folders = tmp_path / "blobs", [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for folder in (blobs, *folders):
+        folder.mkdir()
+    for number, folder in enumerate(folders):
+        blob = blobs / (("1" if number < 2 else "2") * 64)
+        blob.write_bytes(b"the same")
+        os.utime(blob, ns=(number, number))
+        (folder / "model.safetensors").symlink_to(blob)
+    one, two, three = map(identity_of_checkpoint, folders)
+    assert one == two != three

@@ -19,9 +19,9 @@ class Shared:
     def __init__(self) -> None:
         self.asked: list[bytes] = []
 
-    async def find(self, digest: bytes) -> tuple[np.ndarray, str] | None:
-        self.asked.append(digest)
-        return (BITS, "bfloat16") if digest == b"known" else None
+    async def find(self, item: MediaItem) -> tuple[np.ndarray, str] | None:
+        self.asked.append(item.digest)
+        return (BITS, "bfloat16") if item.digest == b"known" else None
 
 
 def reference(digest: bytes, *, precomputed: bool = False) -> Any:
@@ -45,6 +45,29 @@ async def test_items_come_from_where_they_are_cheapest() -> None:
     assert shared.asked == [b"known", b"new"]
     await incoming.items(references, [b"known", b"new", b"given"])
     assert shared.asked == [b"known", b"new"], "they are kept"
+    incoming.close()
+
+
+async def test_all_items_are_asked_for_at_once() -> None:
+    """Each waits until the others have been asked for, too."""
+
+    class Waiting(Shared):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all_asked = asyncio.Event()
+
+        async def find(self, item: MediaItem) -> tuple[np.ndarray, str] | None:
+            self.asked.append(item.digest)
+            if len(self.asked) == 3:
+                self.all_asked.set()
+            await asyncio.wait_for(self.all_asked.wait(), 30)
+            return None
+
+    shared: Any = Waiting()
+    incoming = FeaturesIn(1000, shared)
+    digests = [b"a", b"b", b"c"]
+    found = await incoming.items([reference(digest) for digest in digests], digests)
+    assert [item.digest for item in found] == digests
     incoming.close()
 
 

@@ -217,6 +217,8 @@ class Features:
         meta: Small plain values, such as grid sizes and the original size.
         precomputed: ``arrays["embeds"]`` holds the embeddings (num_embeds, hidden), float32, or
             their bits with ``EMBEDS_DTYPE``.
+        content: Digest of what they were made of; empty where that was not hashed, as a caller's id
+            stands for it.
     """
 
     modality: Modality
@@ -224,6 +226,7 @@ class Features:
     num_embeds: int
     meta: Mapping[str, Any] = field(default_factory=dict)
     precomputed: bool = False
+    content: bytes = b""
 
     @property
     def num_bytes(self) -> int:

@@ -22,19 +22,19 @@ from sensorium.errors import (
     located,
 )
 from sensorium.multimodal.cache import digest as digests
-from sensorium.multimodal.cache.features import DigestMemo, FeatureCache
+from sensorium.multimodal.cache.features import DigestMemo, FeatureCache, NamedFeatures
 from sensorium.multimodal.cache.single_flight import SingleFlight
 from sensorium.multimodal.context import LoadContext
 from sensorium.multimodal.decode.loaders import LOADERS, DecodeJob, Prepared
 from sensorium.multimodal.fetch.fetcher import Fetcher, is_data_url, is_local
 from sensorium.multimodal.files import FileOpener
+from sensorium.multimodal.item_digests import ItemDigests, with_length
 from sensorium.multimodal.items import (
     Features,
     Fetched,
     LoadCost,
     MediaItem,
     MediaRef,
-    Modality,
     Page,
 )
 from sensorium.multimodal.parse import limits, part_options
@@ -49,8 +49,6 @@ from sensorium.multimodal.workers.pool import Decoders, ThreadDecoders
 from sensorium.multimodal.workers.threads import ThreadWorkers
 
 MAX_SEEN_URLS = 4096
-MAX_INLINE_HASH_CHARS = 1 << 19
-"""Length of a ``data:`` URL that the event loop hashes itself: a quarter of a millisecond."""
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
@@ -75,6 +73,7 @@ class MediaPipeline:
         package_files: See ``Guard``.
         ids_matter: False if neither the processor cache nor the prefix cache is on. The callers'
             ids would change nothing; they are then ignored, with one warning.
+        elsewhere: Features that other processes have under callers' ids.
     """
 
     def __init__(
@@ -88,6 +87,7 @@ class MediaPipeline:
         shared_folder: SharedArraysFolder | None = None,
         package_files: bool = False,
         ids_matter: bool = True,
+        elsewhere: NamedFeatures | None = None,
     ) -> None:
         self.modalities = tuple(m for m in processor.modalities if m in LOADERS)
         self._config = config
@@ -104,8 +104,9 @@ class MediaPipeline:
             package_files=package_files,
             on_fetch=lambda seconds, num_bytes: self._counters.add("fetch", seconds, num_bytes),
         )
-        self._ids_matter = ids_matter
-        self._warned_of_ids = False
+        self._digests = ItemDigests(processor, self._workers, ids_matter=ids_matter)
+        self._elsewhere = elsewhere
+        self._questions: SingleFlight[Features | None] = SingleFlight()
         self._preparations: SingleFlight[_Loaded] = SingleFlight()
         self._seen = DigestMemo(MAX_SEEN_URLS)
         self._rules = OptionRules(config, processor, self.modalities)
@@ -186,18 +187,20 @@ class MediaPipeline:
                 if ref.kind == "embeds"
                 else [await self._load_item(ref, context)]
             )
-        is_named = self._ids_matter and (ref.uuid or ref.uuids)
-        return [_with_length(item) for item in items] if is_named else items
+        is_named = self._digests.ids_matter and (ref.uuid or ref.uuids)
+        return [with_length(item) for item in items] if is_named else items
 
     async def _load_item(self, ref: MediaRef, context: LoadContext) -> MediaItem:
         """Load an item: from the cache by id or text of a ``data:`` URL, else by its content."""
-        digest = self._id_digest(ref.modality, ref.uuid, context)
+        digest = by_id = self._digests.of_id(ref.modality, ref.uuid, context)
         text_digest = None
         if digest is None and ref.kind == "url" and is_data_url(ref.source):
-            text_digest = await self._text_digest(ref.source)
+            text_digest = await self._digests.text(ref.source)
             seen = self._seen.get(text_digest)
-            digest = None if seen is None else self._item_digest(ref.modality, seen, context)
+            digest = None if seen is None else self._digests.of_content(ref.modality, seen, context)
         features = None if digest is None else self._lookup(digest, context)
+        if features is None and by_id is not None:
+            features = await self._from_elsewhere(by_id, context)
         if digest is not None and features is not None:
             tracing.station("cached", item=ref.param, modality=ref.modality)
             cost = LoadCost(ref.param, cached=True)
@@ -213,15 +216,18 @@ class MediaPipeline:
         source = ref.source if fetched is None else fetched.data
         if text_digest is not None and fetched is not None:
             self._seen.put(text_digest, fetched.digest)
+        content = b"" if fetched is None else fetched.digest
         if digest is None:
-            content = await self._content_digest(source) if fetched is None else fetched.digest
-            digest = self._item_digest(ref.modality, content, context)
+            content = content or await self._digests.content(source)
+            digest = self._digests.of_content(ref.modality, content, context)
             features = self._lookup(digest, context)
         if features is None:
             with context.placing(digest):
                 features, decoding, processing = await self._preparations.run(
-                    digest, lambda: self._prepare(ref, source, digest, context)
+                    digest, lambda: self._prepare(ref, source, digest, content, context)
                 )
+            if by_id is not None and self._elsewhere is not None:
+                self._elsewhere.offer(by_id, features)
             cost = dataclasses.replace(cost, decode_seconds=decoding, preprocess_seconds=processing)
         else:
             tracing.station("cached", item=ref.param, modality=ref.modality)
@@ -255,14 +261,8 @@ class MediaPipeline:
         context.received.add(size)
         return fetched
 
-    async def _content_digest(self, source: Any) -> bytes:
-        """Return the digest of a page of a PDF, or of an object of the caller's."""
-        if isinstance(source, Page):
-            return digests.page_digest(source)
-        return await self._workers.run(digests.object_digest, source)
-
     async def _prepare(
-        self, ref: MediaRef, source: Any, digest: bytes, context: LoadContext
+        self, ref: MediaRef, source: Any, digest: bytes, content: bytes, context: LoadContext
     ) -> _Loaded:
         cached = self._cache.peek(digest)  # added while the content was fetched?
         if cached is not None:
@@ -284,7 +284,8 @@ class MediaPipeline:
         if page is not None:
             page.document.seconds += prepared.decode_seconds
         prepared.trace(ref.param, ref.modality)
-        features = await self._shared(prepared.features, context, digest)
+        bare = dataclasses.replace(prepared.features, content=content)
+        features = await self._shared(bare, context, digest)
         self._counters.add("decode", prepared.decode_seconds, prepared.decoded_bytes)
         self._counters.add("preprocess", prepared.preprocess_seconds, features.num_bytes)
         self._cache.put(digest, features)
@@ -309,8 +310,8 @@ class MediaPipeline:
 
     async def _load_embeddings(self, ref: MediaRef, context: LoadContext) -> list[MediaItem]:
         ids = ref.uuids or (ref.uuid,)
-        known = [self._id_digest(ref.modality, uuid, context) for uuid in ids]
-        cached = [None if digest is None else self._lookup(digest, context) for digest in known]
+        known = [self._digests.of_id(ref.modality, uuid, context) for uuid in ids]
+        cached = await _all([self._by_id(digest, context) for digest in known])
         if all(cached):
             return [
                 MediaItem(ref.modality, digest, features)
@@ -338,9 +339,11 @@ class MediaPipeline:
         for features, digest in zip(all_features, known, strict=True):
             if digest is None:
                 content = await self._workers.run(digests.features_digest, features)
-                digest = self._item_digest(ref.modality, content, context)
+                digest = self._digests.of_content(ref.modality, content, context)
             else:
                 self._cache.put(digest, features)
+                if self._elsewhere is not None:
+                    self._elsewhere.offer(digest, features)
             items.append(MediaItem(ref.modality, digest, features))
         return items
 
@@ -379,53 +382,33 @@ class MediaPipeline:
                 raise OverloadedError(NO_ROOM) from None
         return dataclasses.replace(features, arrays=arrays)
 
-    async def _text_digest(self, url: str) -> bytes:
-        """Hash a URL; a short one here, as switching to a thread would take longer."""
-        if len(url) <= MAX_INLINE_HASH_CHARS:
-            return digests.text_digest(url)
-        return await self._workers.run(digests.text_digest, url)
-
-    def _id_digest(
-        self, modality: Modality, uuid: str | None, context: LoadContext
-    ) -> bytes | None:
-        """Return the item digest for a caller's id; None without an id, or when ids are ignored."""
-        if uuid is None:
+    async def _by_id(self, digest: bytes | None, context: LoadContext) -> Features | None:
+        """Return what is cached under the digest of a caller's id, here or in another process."""
+        if digest is None:
             return None
-        if not self._ids_matter:
-            if not self._warned_of_ids:
-                self._warned_of_ids = True
-                _logger.warning(
-                    "multi_modal_uuids are ignored: the processor cache and prefix caching are "
-                    "both off"
-                )
-            return None
-        content = digests.uuid_digest(modality, uuid, tenant=context.tenant, salt=context.salt)
-        return self._item_digest(modality, content, context)
+        return self._lookup(digest, context) or await self._from_elsewhere(digest, context)
 
-    def _item_digest(self, modality: Modality, content: bytes, context: LoadContext) -> bytes:
-        return digests.item_digest(
-            modality,
-            content,
-            dataclasses.asdict(context.options.loading[modality]),
-            self._processor.identity(
-                modality, context.options.processing, context.num_items[modality]
-            ),
-        )
+    async def _from_elsewhere(self, digest: bytes, context: LoadContext) -> Features | None:
+        """Return what another process has under a caller's id, and keep it here."""
+        elsewhere = self._elsewhere
+        if elsewhere is None:
+            return None
+
+        async def find() -> Features | None:
+            found = await elsewhere.find(digest)
+            if found is not None:
+                found = await self._shared(found, context, digest)
+                self._cache.put(digest, found)
+            return found
+
+        with context.placing(digest):
+            return await self._questions.run(digest, find)
 
     def _lookup(self, digest: bytes, context: LoadContext) -> Features | None:
         """Look a digest up in the cache, and pin it there until the request is loaded."""
         self._cache.pin([digest])
         context.pinned.append(digest)
         return self._cache.get(digest)
-
-
-def _with_length(item: MediaItem) -> MediaItem:
-    """Return an item that a caller named, with its length in its digest.
-
-    If the name is used again for an item of another length, embeddings in a cache would not fit.
-    """
-    digest = digests.framed("sized", [item.digest, item.features.num_embeds])
-    return dataclasses.replace(item, digest=digest)
 
 
 def _hashed(source: bytes | bytearray | memoryview) -> Fetched:

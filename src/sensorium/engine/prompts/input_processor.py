@@ -55,6 +55,7 @@ from sensorium.models.embedder import GENERATES, POOLS, embedder_of
 from sensorium.models.interface import stop_token_ids, warn_of_defaults
 from sensorium.models.loading.quantization import refuse_unsupported
 from sensorium.models.registry import resolve
+from sensorium.multimodal.cache.features import NamedFeatures
 from sensorium.multimodal.items import MediaItem, Modality
 from sensorium.multimodal.parse.limits import check_modality
 from sensorium.multimodal.placeholders import (
@@ -76,8 +77,8 @@ class InputProcessor:
     Used from one event loop. ``set_facts`` must be called with what the engine found out before
     requests are built. ``embedder`` says how the model makes vectors; None when it generates text.
     ``transcription``: as in ``Family``. ``shared``: the engine is another process, which must be
-    able to open all features; the media workers are then started at once. ``package_files``:
-    prompts are the program's own, and may name files of ``sensorium.assets``.
+    able to open all features; the media workers are then started at once. ``package_files``: the
+    program's own prompts, which may name its assets. ``elsewhere``: as in ``MediaPipeline``.
     """
 
     def __init__(
@@ -87,9 +88,9 @@ class InputProcessor:
         trust_request_chat_template: bool = False,
         shared: bool = False,
         package_files: bool = False,
+        elsewhere: NamedFeatures | None = None,
     ) -> None:
-        self._config = config
-        model = config.model
+        self._config, model = config, config.model
         self._loaded = loader.read_config(
             model.model,
             mmproj=model.mmproj,
@@ -131,7 +132,7 @@ class InputProcessor:
         )
         self.tokenizer.template = template_applier(self._template, self._placeholder_text)
         self._pipeline = media_pipeline(
-            config, self._processor, shared=shared, package_files=package_files
+            config, self._processor, shared=shared, package_files=package_files, elsewhere=elsewhere
         )
         seconds = config.scheduler.grammar_timeout
         self._grammars = GrammarCompiler(

@@ -8,7 +8,7 @@ import importlib
 from sensorium.config import GIB, EngineConfig
 from sensorium.engine import wire
 from sensorium.errors import ConfigError, InvalidRequestError
-from sensorium.multimodal.cache.features import FeatureCache
+from sensorium.multimodal.cache.features import FeatureCache, NamedFeatures
 from sensorium.multimodal.decode.loaders import check_loading_options
 from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.processor import Processor
@@ -21,12 +21,18 @@ UNBOUNDED_BYTES = 1 << 50
 
 
 def media_pipeline(
-    config: EngineConfig, processor: Processor | None, *, shared: bool, package_files: bool
+    config: EngineConfig,
+    processor: Processor | None,
+    *,
+    shared: bool,
+    package_files: bool,
+    elsewhere: NamedFeatures | None = None,
 ) -> MediaPipeline | None:
     """Return the pipeline of a model; None for one that takes text alone.
 
     shared: the engine is another process, which must be able to open all features; workers are then
     started at once. package_files: whether the assets of this package may be read, as in ``Guard``.
+    elsewhere: as in ``MediaPipeline``.
     Raises ConfigError for loading options that cannot be.
     """
     media, cache = config.media, config.cache
@@ -56,6 +62,7 @@ def media_pipeline(
         shared_folder=folder if shared else None,
         package_files=package_files,
         ids_matter=cache.mm_processor_cache_gb > 0 or cache.enable_prefix_caching,
+        elsewhere=elsewhere,
     )
 
 

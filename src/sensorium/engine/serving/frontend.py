@@ -32,6 +32,7 @@ from sensorium.engine.serving.stats_log import log_stats
 from sensorium.engine.serving.supervisor import EngineSupervisor
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import EngineDeadError, SensoriumError
+from sensorium.multimodal.cache.features import NamedFeatures
 from sensorium.outputs import FinishReason, PoolingRequestOutput, RequestOutput
 from sensorium.params import PoolingParams, SamplingParams
 
@@ -109,13 +110,14 @@ class Frontend:
         package_files: bool = False,
         process: EngineProcess | None = None,
         engine: Engines | None = None,
+        elsewhere: NamedFeatures | None = None,
     ) -> Frontend:
         """Start an engine and its input processor.
 
         An engine that dies later is replaced. ``trust_request_chat_template`` and ``package_files``
         are those of ``InputProcessor``. ``process``: the engine's, where it has been started
-        already. ``engine``: others to use in place of one that is supervised here. Raises
-        ConfigError when the model cannot be loaded.
+        already. ``engine``: others to use in place of one that is supervised here. ``elsewhere``:
+        media that other processes have. Raises ConfigError when the model cannot be loaded.
         """
         options = config.observability
         tracer = tracing.Tracer(options.trace_dir, options.otlp_traces_endpoint, config.model.model)
@@ -127,6 +129,7 @@ class Frontend:
                 trust_request_chat_template=trust_request_chat_template,
                 shared=True,
                 package_files=package_files,
+                elsewhere=elsewhere,
             )
 
         try:

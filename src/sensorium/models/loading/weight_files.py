@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ INDEX = "model.safetensors.index.json"
 _LISTED = 6
 SAMPLES, SAMPLE_BYTES = 256, 4096
 """Pieces of a file, at equal distances, by which its content is told, and their size."""
+MOST_HEADER = 100 << 20
+"""Bytes of a header of safetensors, as the format limits them."""
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+"""Names of files in the hub's cache: git's digest of small ones, SHA-256 of large ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +61,37 @@ class FileState:
         return digest.digest()
 
 
-def content_of(folder: Path) -> str:
-    """Return a digest of all safetensors files of a folder, the same for copies of them.
+def identity_of_checkpoint(folder: Path) -> str:
+    """Return a digest of a checkpoint's configuration and safetensors files.
 
-    Empty where there are none, or one cannot be read.
+    A file of the hub's cache is told by the digest of its whole content, which is its name there.
+    Others are told by name, size, time of change, header and samples: the same for copies that
+    keep the time. Empty where there are no weights, or a file cannot be read.
     """
-    digest, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
+    weights = sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
     try:
-        for file in files:
-            digest.update(FileState.of(file).content())
+        for path in [*sorted(folder.glob("*.json")), *weights]:
+            real = path.resolve()
+            is_blob = real.parent.name == "blobs" and _BLOB.fullmatch(real.name) is not None
+            what = real.name.encode() if is_blob else _file_identity(path)
+            digest.update(repr((path.name, what)).encode())
     except OSError:
         return ""
-    return digest.hexdigest() if files else ""
+    return digest.hexdigest() if weights else ""
+
+
+def _file_identity(path: Path) -> bytes:
+    """Return a digest of a file that is no blob of the hub's cache. Raises OSError."""
+    if path.suffix == ".json":
+        return hashlib.sha256(path.read_bytes()).digest()
+    state = FileState.of(path)
+    digest = hashlib.sha256(repr((state.size, state.modified_ns)).encode())
+    with path.open("rb") as file:
+        # Eight bytes of length, then names, types, shapes and offsets.
+        digest.update(file.read(min(int.from_bytes(file.read(8), "little"), MOST_HEADER)))
+    digest.update(state.content())
+    return digest.digest()
 
 
 def weight_files(folder: Path) -> list[Path]:

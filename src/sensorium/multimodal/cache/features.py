@@ -6,6 +6,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from sensorium.multimodal.items import Features
 from sensorium.multimodal.shared_memory import SharedArrays
@@ -157,6 +158,16 @@ class FeatureCache:
             self._num_bytes -= self._entries.pop(digest).num_bytes
             self._evictions += 1
         return True
+
+
+class NamedFeatures(Protocol):
+    """Features that other processes have under callers' ids, by the digests of these."""
+
+    async def find(self, digest: bytes) -> Features | None:
+        """Return features, None where nobody is known to have them. Raises nothing."""
+
+    def offer(self, digest: bytes, features: Features) -> None:
+        """Let others have the features that were loaded here under an id."""
 
 
 class DigestMemo:

@@ -40,7 +40,7 @@ class FeaturesOut:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, FeaturesRef] = {}
+        self._known: dict[int, ray.ObjectRef] = {}
         """By the identity of the arrays, which go with the last request and the cache."""
 
     def __len__(self) -> int:
@@ -53,9 +53,10 @@ class FeaturesOut:
             made = await asyncio.to_thread(lambda: [_put(item) for item in new.values()])
             for (key, item), reference in zip(new.items(), made, strict=True):
                 if key not in self._known:
-                    self._known[key] = reference
+                    self._known[key] = reference.arrays
                     weakref.finalize(item.features.arrays, self._known.pop, key, None)
-        return tuple(self._known[id(item.features.arrays)] for item in items)
+        # Items of several digests may have the same arrays: one by its id, and by its content.
+        return tuple(FeaturesRef(_bare(i), self._known[id(i.features.arrays)]) for i in items)
 
 
 class FeaturesIn:
@@ -72,7 +73,7 @@ class FeaturesIn:
     async def items(
         self, references: Sequence[FeaturesRef], wanted: Sequence[bytes]
     ) -> list[MediaItem]:
-        """Return the items; those that others wait for already are read once.
+        """Return the items, read at the same time; those that others wait for already once.
 
         ``wanted``: the digest of each item's embeddings, which differs from the item's own where
         an adapter changes the encoder. Those are not shared.
@@ -80,8 +81,9 @@ class FeaturesIn:
         Raises OverloadedError when there is no room for them, ray.exceptions.RayError when one is
         lost.
         """
-        pairs = zip(references, wanted, strict=True)
-        return [await self._item(ref, ref.item.digest == digest) for ref, digest in pairs]
+        pairs = list(zip(references, wanted, strict=True))
+        work = [self._item(ref, ref.item.digest == digest) for ref, digest in pairs]
+        return await asyncio.gather(*work)
 
     def close(self) -> None:
         """Remove the shared memory."""
@@ -102,7 +104,7 @@ class FeaturesIn:
     async def _load(self, reference: FeaturesRef, shareable: bool) -> Features:
         features = reference.item.features
         if self._shared is not None and shareable:
-            found = await self._shared.find(reference.item.digest)
+            found = await self._shared.find(reference.item)
             if found is not None:
                 bits, dtype = found
                 return dataclasses.replace(
@@ -114,5 +116,12 @@ class FeaturesIn:
 def _put(item: MediaItem) -> FeaturesRef:
     features = item.features
     arrays = {name: np.ascontiguousarray(features.arrays[name]) for name in features.arrays}
-    bare = dataclasses.replace(features, arrays={}, meta=dict(features.meta))
-    return FeaturesRef(dataclasses.replace(item, features=bare), ray.put(arrays))
+    return FeaturesRef(_bare(item), ray.put(arrays))
+
+
+def _bare(item: MediaItem) -> MediaItem:
+    """Return an item without its arrays."""
+    meta = dict(item.features.meta)
+    return dataclasses.replace(
+        item, features=dataclasses.replace(item.features, arrays={}, meta=meta)
+    )

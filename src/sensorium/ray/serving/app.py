@@ -20,11 +20,12 @@ from sensorium.config import (
     engine_option_names,
 )
 from sensorium.errors import ConfigError
-from sensorium.ray.media.embeddings import SharedIndex
+from sensorium.ray.media.index import SharedIndex
+from sensorium.ray.media.names import NamesIndex
 from sensorium.ray.serving.engine import STATS_SECONDS, Engine
 from sensorium.ray.serving.server import ingress
 
-ENGINE, SERVER, EMBEDDINGS = "Engine", "Server", "Embeddings"
+ENGINE, SERVER, EMBEDDINGS, NAMES = "Engine", "Server", "Embeddings", "Names"
 """Names of the deployments."""
 MOST_REQUESTS = 1 << 16
 """Requests that Ray Serve lets into one process for HTTP, which has limits of its own."""
@@ -88,7 +89,8 @@ def application(config: ServedConfig, resources: Resources, owner: str = "") -> 
         ray_actor_options={"num_cpus": resources.server_cpus},
     )
     served = ServedConfig(engine=config.engine, server=server)
-    return deployment.bind(served, engines, owner or secrets.token_hex(8))
+    names = _names(config.engine, server)
+    return deployment.bind(served, engines, owner or secrets.token_hex(8), names)
 
 
 def _lives(server: ServerConfig) -> dict[str, Any]:
@@ -141,12 +143,23 @@ def _engines(config: EngineConfig, server: ServerConfig, resources: Resources) -
 
 def _index(server: ServerConfig) -> Application | None:
     """Return the deployment that knows which embeddings replicas share, where they do."""
-    most_bytes = int(server.shared_embeddings_gb * GIB)
+    return _one_index(SharedIndex, EMBEDDINGS, int(server.shared_embeddings_gb * GIB))
+
+
+def _names(config: EngineConfig, server: ServerConfig) -> Application | None:
+    """Return the directory of the media that clients name by ids, for several processes."""
+    if server.api_server_count == 1:
+        return None
+    return _one_index(NamesIndex, NAMES, int(config.cache.mm_processor_cache_gb * GIB))
+
+
+def _one_index(kind: type[SharedIndex], name: str, most_bytes: int) -> Application | None:
+    """Return the deployment of an index, None where it could keep nothing."""
     if not most_bytes:
         return None
     deployment = serve.deployment(
-        SharedIndex,
-        name=EMBEDDINGS,
+        kind,
+        name=name,
         num_replicas=1,
         max_ongoing_requests=MOST_REQUESTS,
         ray_actor_options={"num_cpus": 0},

@@ -63,7 +63,7 @@ class Engine:
             await self._supervisor.stop()
             # In place of a class that Ray would have to find again where it is raised.
             raise RuntimeError(f"{START_FAILED}{error.message}") from None
-        self._shared = await shared_embeddings(config, index)
+        self._shared = await shared_embeddings(config, index, self._supervisor.facts)
         self._features = FeaturesIn(int(config.cache.mm_processor_cache_gb * GIB), self._shared)
         self._supervisor.watch(lambda _: None)
 
@@ -167,10 +167,10 @@ def _take_cores(place: int, per_node: int) -> None:
         os.sched_setaffinity(0, own)
 
 
-def _own(items: Sequence[MediaItem], wanted: Sequence[bytes]) -> list[bytes]:
-    """Return digests of the items that the model's encoder, without an adapter, has encoded."""
+def _own(items: Sequence[MediaItem], wanted: Sequence[bytes]) -> list[MediaItem]:
+    """Return the items that the model's encoder, without an adapter, has encoded."""
     return [
-        item.digest
+        item
         for item, digest in zip(items, wanted, strict=True)
         if item.digest == digest and not item.features.precomputed
     ]

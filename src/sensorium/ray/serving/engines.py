@@ -40,14 +40,17 @@ LOOK_SECONDS = 1.0
 
 
 class RayEngines:
-    """Replicas behind a handle of Ray Serve. All methods are called on one event loop."""
+    """Replicas behind a handle of Ray Serve. All methods are called on one event loop.
 
-    def __init__(self, handle: Any) -> None:
+    ``features``: puts those of items into the object store.
+    """
+
+    def __init__(self, handle: Any, features: FeaturesOut) -> None:
         self._handle = handle
         self._generate = handle.options(stream=True).generate
         self._prefix = f"{secrets.token_hex(6)}-"
         """Makes the ids of sequences unique among all who send to an engine."""
-        self._features = FeaturesOut()
+        self._features = features
         self._facts: EngineFacts | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None

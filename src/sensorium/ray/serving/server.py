@@ -14,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sensorium import environment
 from sensorium.config import EngineConfig, ServedConfig
 from sensorium.engine.serving.frontend import Frontend
+from sensorium.ray.media.features import FeaturesOut
+from sensorium.ray.media.names import NamesElsewhere
 from sensorium.ray.serving.engines import RayEngines
 from sensorium.server.app import build_app
 from sensorium.server.context import ServingContext
@@ -28,16 +30,18 @@ logger = logging.getLogger("sensorium.server")
 class Server:
     """One process that answers HTTP requests, in front of the engines behind ``handle``.
 
-    ``owner``: of the start of ``sensorium serve`` that made it.
+    ``owner``: of the start of ``sensorium serve`` that made it. ``names``: handle of the directory
+    of the media that clients name by ids, None for one process alone.
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, config: ServedConfig, handle: Any, owner: str
+        self, config: ServedConfig, handle: Any, owner: str, names: Any = None
     ) -> None:
         configure_logging(config.server)
         environment.set_progress(False)
         self._owner = owner
         self._handle = handle
+        self._names = names
         self._config = config
         self._models = ServedModels([ServedModel(config, self._start)], None)
         self._app = build_app(self._models, config.server)
@@ -67,10 +71,13 @@ class Server:
         self._context.files.close()
 
     async def _start(self, engine: EngineConfig) -> Frontend:
+        features = FeaturesOut()
+        names = None if self._names is None else NamesElsewhere(self._names, features)
         return await Frontend.start(
             engine,
             trust_request_chat_template=self._config.server.trust_request_chat_template,
-            engine=RayEngines(self._handle),
+            engine=RayEngines(self._handle, features),
+            elsewhere=names,
         )
 
 

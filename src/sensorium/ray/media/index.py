@@ -1,0 +1,204 @@
+"""Index of what processes of an application have put into Ray's object store, and its use.
+
+One small deployment knows the references by key, within a budget of bytes. A process asks when it
+lacks something, and offers what it has made. Where anything of this fails or is late, the process
+goes on as if nothing had been found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError
+
+from sensorium.ray.tasks import own_task
+
+logger = logging.getLogger(__name__)
+
+FIND_SECONDS = 0.5
+"""Most time that a request waits for what other processes have."""
+BACK_OFF_SECONDS = 5.0
+"""Time for which a process does not ask after the index failed or was late."""
+MOST_ENTRIES = 1 << 16
+"""References that an index keeps, however small their objects are."""
+MOST_OFFERS, MOST_OFFER_BYTES = 32, 256 << 20
+"""Offers that a process makes at a time, and their bytes; further ones are dropped."""
+MOST_OFFERED = 1 << 14
+"""Keys that a process remembers to have offered."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRef:
+    """Reference to an object of ``num_bytes``. ``about``: small facts that are not part of it."""
+
+    data: ray.ObjectRef
+    num_bytes: int
+    about: Any = None
+
+
+class SharedIndex:
+    """Deployment that knows which objects there are. ``most_bytes``: of all of them together.
+
+    Those that were asked for longest ago go first. Ray frees what it refers to no more.
+    """
+
+    def __init__(self, most_bytes: int, most_entries: int = MOST_ENTRIES) -> None:
+        self._most_bytes, self._most_entries = most_bytes, most_entries
+        self._known: OrderedDict[bytes, SharedRef] = OrderedDict()
+        self._num_bytes = 0
+
+    def find(self, key: bytes) -> SharedRef | None:
+        """Return the reference under a key, None where there is none."""
+        found = self._known.get(key)
+        if found is not None:
+            self._known.move_to_end(key)
+        return found
+
+    def keep(self, key: bytes, reference: SharedRef) -> None:
+        """Keep a reference in place of the one before, and give up others where it is too much."""
+        self._drop(key)
+        if reference.num_bytes > self._most_bytes:
+            return
+        self._known[key] = reference
+        self._num_bytes += reference.num_bytes
+        while self._num_bytes > self._most_bytes or len(self._known) > self._most_entries:
+            self._drop(next(iter(self._known)))
+
+    def forget(self, key: bytes, reference: SharedRef) -> None:
+        """Give up an object that cannot be used; one that was kept in its place since stays."""
+        found = self._known.get(key)
+        if found is not None and found.data == reference.data:
+            self._drop(key)
+
+    def stats(self) -> tuple[int, int]:
+        """Return the number of objects and their bytes."""
+        return len(self._known), self._num_bytes
+
+    def _drop(self, key: bytes) -> None:
+        gone = self._known.pop(key, None)
+        if gone is not None:
+            self._num_bytes -= gone.num_bytes
+
+
+class IndexClient:
+    """An index as one process uses it. All methods are called on one event loop.
+
+    Args:
+        index: Handle of the deployment.
+        what: Name of the objects in the log.
+    """
+
+    def __init__(self, index: Any, what: str) -> None:
+        self._index = index
+        self._what = what
+        self._offers: dict[bytes, asyncio.Task[None]] = {}
+        self._offer_bytes = 0
+        self._offered: OrderedDict[bytes, None] = OrderedDict()
+        self._has_failed = False
+        self._silent_until = 0.0
+        self.num_found = self.num_offered = 0
+
+    async def find(
+        self, key: bytes, is_sound: Callable[[SharedRef, Any], bool]
+    ) -> tuple[SharedRef, Any] | None:
+        """Return a reference and its object; None where there is none, or it is late.
+
+        What is not sound is given up. After a failure or a delay the answer is None at once for
+        ``BACK_OFF_SECONDS``.
+        """
+        if time.monotonic() < self._silent_until:
+            return None
+        # A context of its own: Ray Serve would cancel the call with the request that came first.
+        found = await own_task(self._find(key, is_sound))
+        self.num_found += found is not None
+        return found
+
+    async def _find(
+        self, key: bytes, is_sound: Callable[[SharedRef, Any], bool]
+    ) -> tuple[SharedRef, Any] | None:
+        found: SharedRef | None = None
+        try:
+            async with asyncio.timeout(FIND_SECONDS):
+                found = await self._index.find.remote(key)
+                if found is None:
+                    self._offered.pop(key, None)  # it may be offered again
+                    return None
+                data = await found.data
+            if is_sound(found, data):
+                return found, data
+            logger.warning("%s: what was kept is not what it should be", self._what)
+            self._forget(key, found)
+            return None
+        except ObjectLostError:
+            # The process that had put it there has gone.
+            if found is not None:
+                self._forget(key, found)
+            return None
+        except Exception as error:  # Ray Serve's are no RayError; the process can do without.
+            if time.monotonic() >= self._silent_until:
+                logger.info("%s cannot be had: %s", self._what, type(error).__name__)
+            self._silent_until = time.monotonic() + BACK_OFF_SECONDS
+            return None
+
+    def _forget(self, key: bytes, reference: SharedRef) -> None:
+        """Have the index give up an object; nobody waits for it."""
+        self._offered.pop(key, None)
+        self._index.forget.remote(key, reference)
+
+    def offer(
+        self,
+        key: bytes,
+        num_bytes: int,
+        make: Callable[[], Coroutine[Any, Any, SharedRef | None]],
+    ) -> None:
+        """Offer what ``make`` returns: a reference, or None where it cannot be had any more.
+
+        What was offered before, or is on its way, is not offered again while that is remembered.
+        ``num_bytes``: about what the object has.
+        """
+        if key in self._offered or key in self._offers or len(self._offers) >= MOST_OFFERS:
+            return
+        if self._offers and self._offer_bytes + num_bytes > MOST_OFFER_BYTES:
+            return
+        self._offer_bytes += num_bytes
+        task = self._offers[key] = own_task(self._offer(key, make))
+
+        def ended(_: asyncio.Task[None]) -> None:
+            del self._offers[key]
+            self._offer_bytes -= num_bytes
+
+        task.add_done_callback(ended)
+
+    async def settled(self) -> None:
+        """Wait until the offers under way have been made."""
+        await asyncio.gather(*self._offers.values())
+
+    async def _offer(
+        self, key: bytes, make: Callable[[], Coroutine[Any, Any, SharedRef | None]]
+    ) -> None:
+        try:
+            reference = await make()
+            if reference is None:
+                return
+            await self._index.keep.remote(key, reference)
+        except Exception as error:  # Whatever it is, the process itself has what it needs.
+            self._note_failure(error)
+            return
+        self._has_failed = False
+        self.num_offered += 1
+        self._offered[key] = None
+        if len(self._offered) > MOST_OFFERED:
+            self._offered.popitem(last=False)
+
+    def _note_failure(self, error: Exception) -> None:
+        """Log the first of several failures in a row."""
+        if not self._has_failed:
+            logger.info("%s are not shared: %s", self._what, type(error).__name__, exc_info=error)
+        self._has_failed = True

@@ -1,0 +1,73 @@
+"""Directory of the media that clients name by ids of their own, for several processes for HTTP.
+
+Each process has the features of the items that it got, under the digest of their ids. Where there
+are several, the next request for an id may meet another one: that asks the directory, which knows
+a reference to the features in Ray's object store. The digests hold the client's API key and cache
+salt, so nobody finds what another tenant has named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import ray
+
+from sensorium.multimodal.items import Features, MediaItem
+from sensorium.ray.media.features import FeaturesOut
+from sensorium.ray.media.index import IndexClient, SharedIndex, SharedRef
+
+STORE_SHARE = 0.25
+"""Share of the object store that features under ids may take."""
+
+
+class NamesIndex(SharedIndex):
+    """Deployment that is the directory. ``most_bytes``: of features, if the store is large."""
+
+    def __init__(self, most_bytes: int) -> None:
+        store = ray.cluster_resources().get("object_store_memory", 0.0)
+        super().__init__(min(most_bytes, int(STORE_SHARE * store)))
+
+
+class NamesElsewhere:
+    """The directory as one process uses it. Used on one event loop.
+
+    ``index``: handle of the deployment. ``features``: puts those of this process into the store.
+    """
+
+    def __init__(self, index: Any, features: FeaturesOut) -> None:
+        self._client = IndexClient(index, "media of other processes")
+        self._features = features
+
+    async def find(self, digest: bytes) -> Features | None:
+        """Return features, None where nobody is known to have them, or they come late."""
+        found = await self._client.find(digest, _is_sound)
+        if found is None:
+            return None
+        reference, arrays = found
+        features: Features = dataclasses.replace(reference.about, arrays=arrays)
+        return features
+
+    def offer(self, digest: bytes, features: Features) -> None:
+        """Let others have the features that were loaded here under an id."""
+        item = MediaItem(features.modality, digest, features)
+
+        async def made() -> SharedRef:
+            [reference] = await self._features.references([item])
+            return SharedRef(reference.arrays, features.num_bytes, reference.item.features)
+
+        self._client.offer(digest, features.num_bytes, made)
+
+    async def settled(self) -> None:
+        """Wait until the offers under way have been made."""
+        await self._client.settled()
+
+
+def _is_sound(reference: SharedRef, arrays: Any) -> bool:
+    if not isinstance(reference.about, Features) or not isinstance(arrays, dict):
+        return False
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        return False
+    num_bytes: int = sum(array.nbytes for array in arrays.values())
+    return num_bytes == reference.num_bytes

@@ -1,0 +1,145 @@
+"""Media that clients name by ids, over several processes for HTTP: what one got, another finds."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.serve.exceptions import RayServeException
+
+from sensorium.errors import MediaNotCachedError
+from sensorium.multimodal.items import Features, MediaItem
+from sensorium.ray.media import index as indexes
+from sensorium.ray.media.features import FeaturesOut
+from sensorium.ray.media.index import SharedRef
+from sensorium.ray.media.names import NamesElsewhere, NamesIndex
+from tests.multimodal.pipelines import Setup, cached_ref, embeds_ref, object_ref
+
+RED, BLUE = (np.full((4, 4, 3), shade, np.uint8) for shade in (9, 200))
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the directory answer late, as on a machine under load."""
+    monkeypatch.setattr(indexes, "FIND_SECONDS", 60.0)
+
+
+@pytest.fixture
+def directory(ray_address: str) -> Iterator[Any]:
+    actor = ray.remote(num_cpus=0)(NamesIndex).remote(1 << 20)
+    yield actor
+    ray.kill(actor)
+
+
+class Process:
+    """What a process for HTTP has of media."""
+
+    def __init__(self, directory: Any) -> None:
+        self.out = FeaturesOut()
+        self.names = NamesElsewhere(directory, self.out)
+        self.media = Setup(elsewhere=self.names, enable_mm_embeds=True)
+
+    async def load(self, *refs: Any, **options: Any) -> list[MediaItem]:
+        items = await self.media.load(*refs, **options)
+        await self.names.settled()
+        return items
+
+
+def pixels(item: MediaItem) -> list[int]:
+    return sorted(set(np.ravel(item.features.arrays["pixels"]).tolist()))
+
+
+async def test_what_one_process_got_another_finds_by_its_id(directory: Any) -> None:
+    one, other = Process(directory), Process(directory)
+    [sent] = await one.load(object_ref(RED, "a"))
+    [found] = await other.load(cached_ref("a"))
+    assert pixels(found) == [9]
+    assert found.digest == sent.digest
+    assert found.features.content == sent.features.content
+    [again] = await other.load(cached_ref("a"), tenant="")
+    assert again.features.arrays is found.features.arrays, "it is kept here"
+    assert other.media.processor.num_calls == 0
+
+
+async def test_an_id_stands_for_the_first_item_in_all_processes(directory: Any) -> None:
+    """As in one process: whatever comes under a known id is not even looked at."""
+    one, other = Process(directory), Process(directory)
+    await one.load(object_ref(RED, "a"))
+    [found] = await other.load(object_ref(BLUE, "a"))
+    assert pixels(found) == [9]
+    assert other.media.processor.num_calls == 0
+
+
+@pytest.mark.parametrize("scope", [{"tenant": "ben"}, {"cache_salt": "salt"}])
+async def test_nobody_finds_what_another_has_named(directory: Any, scope: dict[str, str]) -> None:
+    one, other = Process(directory), Process(directory)
+    await one.load(object_ref(RED, "a"))
+    with pytest.raises(MediaNotCachedError, match="'a'"):
+        await other.load(cached_ref("a"), **scope)
+    [own] = await other.load(object_ref(BLUE, "a"), **scope)
+    assert pixels(own) == [200]
+
+
+async def test_embeddings_have_ids_too(directory: Any) -> None:
+    one, other = Process(directory), Process(directory)
+    embeds = torch.arange(16, dtype=torch.float32).reshape(2, 8)
+    [sent] = await one.load(embeds_ref(embeds, "a"))
+    for ref in (cached_ref("a"), embeds_ref(embeds * 0, "a")):
+        [found] = await other.load(ref)
+        assert found.digest == sent.digest
+        assert found.features.precomputed
+        assert found.features.arrays["embeds"].tolist() == embeds.tolist()
+
+
+async def test_a_lost_directory_is_only_a_miss(directory: Any) -> None:
+    one, other = Process(directory), Process(directory)
+    await one.load(object_ref(RED, "a"))
+    ray.kill(directory)
+    with pytest.raises(MediaNotCachedError):
+        await other.load(cached_ref("a"))
+    assert pixels((await other.load(object_ref(BLUE, "a")))[0]) == [200]
+    assert pixels((await one.load(cached_ref("a")))[0]) == [9]
+
+
+async def test_one_item_under_an_id_and_without_has_one_copy_in_the_store(directory: Any) -> None:
+    one = Process(directory)
+    [named] = await one.load(object_ref(RED, "a"))
+    plain = dataclasses.replace(named, digest=b"plain")
+    first, second = await one.out.references([named, plain])
+    assert (first.item.digest, second.item.digest) == (named.digest, b"plain")
+    assert first.arrays == second.arrays
+    assert len(one.out) == 1
+
+
+@pytest.mark.parametrize("about", [None, Features("image", {}, 4)])
+async def test_what_is_no_features_is_forgotten(directory: Any, about: Any) -> None:
+    names = NamesElsewhere(directory, FeaturesOut())
+    data = ray.put({"pixels": RED})
+    await directory.keep.remote(b"a", SharedRef(data, 7, about))
+    assert await names.find(b"a") is None
+    assert await directory.stats.remote() == (0, 0)
+
+
+async def test_two_requests_for_an_id_ask_once() -> None:
+    class Directory:
+        def __init__(self) -> None:
+            self.asked = 0
+            self.find = self
+
+        async def remote(self, _: bytes) -> None:
+            self.asked += 1
+            await asyncio.sleep(0)
+            raise RayServeException("unavailable")
+
+    directory = Directory()
+    process = Process(directory)
+    loads = [process.media.load(cached_ref("a")) for _ in range(2)]
+    found = await asyncio.gather(*loads, return_exceptions=True)
+    assert [type(one) for one in found] == [MediaNotCachedError] * 2
+    assert directory.asked == 1
