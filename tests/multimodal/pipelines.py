@@ -6,6 +6,7 @@ from sensorium.config import MediaConfig
 from sensorium.multimodal.cache.features import FeatureCache, NamedFeatures
 from sensorium.multimodal.items import MediaItem, MediaRef, Modality
 from sensorium.multimodal.pipeline import MediaPipeline
+from sensorium.multimodal.shared_memory import SharedArraysFolder
 from sensorium.multimodal.workers.threads import ThreadWorkers
 from tests.multimodal.support import (
     FakeProcessor,
@@ -21,6 +22,7 @@ class Setup:
         cache_bytes: int = 1 << 20,
         ids_matter: bool = True,
         elsewhere: NamedFeatures | None = None,
+        shared_folder: SharedArraysFolder | None = None,
         **config,
     ) -> None:
         config.setdefault("allowed_media_domains", ("127.0.0.1",))
@@ -33,6 +35,7 @@ class Setup:
             workers=ThreadWorkers(2),
             ids_matter=ids_matter,
             elsewhere=elsewhere,
+            shared_folder=shared_folder,
         )
 
     async def load(self, *refs: MediaRef, **options) -> list[MediaItem]:

@@ -15,6 +15,7 @@ from ray.serve.exceptions import RayServeException
 
 from sensorium.errors import MediaNotCachedError
 from sensorium.multimodal.items import Features, MediaItem
+from sensorium.multimodal.shared_memory import SharedArraysFolder
 from sensorium.ray.media import index as indexes
 from sensorium.ray.media.features import FeaturesOut
 from sensorium.ray.media.index import SharedRef
@@ -43,7 +44,8 @@ class Process:
     def __init__(self, directory: Any) -> None:
         self.out = FeaturesOut()
         self.names = NamesElsewhere(directory, self.out)
-        self.media = Setup(elsewhere=self.names, enable_mm_embeds=True)
+        self._folder = SharedArraysFolder()
+        self.media = Setup(elsewhere=self.names, shared_folder=self._folder, enable_mm_embeds=True)
 
     async def load(self, *refs: Any, **options: Any) -> list[MediaItem]:
         items = await self.media.load(*refs, **options)
