@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.peers.checkpoints import SHAPES, build
 from benchmarks.peers.engines import FORMATS, HERE, HOME
-from benchmarks.peers.prepare_vllm import prepare as declare_operators
+from benchmarks.peers.torchvision_schema import prepare as declare_operators
 
 LLAMACPP = "llama-cpp-python==0.3.36"
 OPENVINO = (
@@ -76,6 +76,7 @@ def openvino(home: Path, jobs: int) -> None:
     python = _environment(home / "openvino-env")
     if python is not None:
         _pip(python, "install", TORCH, *OPENVINO)
+    declare_operators(home / "openvino-env")
     tool = home / "openvino-env" / "bin" / "python"
     for name in CHECKPOINTS:
         source = home / "checkpoints" / name
@@ -147,7 +148,7 @@ def _llamacpp_source(home: Path) -> Path:
     found = next(folder.glob("llama_cpp_python-*/vendor/llama.cpp"), None)
     if found is None:
         folder.mkdir(parents=True, exist_ok=True)
-        download = ("download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation")
+        download = ("download", "--no-deps", "--no-binary", "llama-cpp-python")
         _pip(Path(sys.executable), *download, "--dest", str(folder), LLAMACPP)
         with tarfile.open(next(folder.glob("llama_cpp_python-*.tar.gz"))) as archive:
             archive.extractall(folder, filter="data")

@@ -1,10 +1,10 @@
-"""Make vLLM's CPU build start in an environment whose torchvision was built for CUDA.
+"""Let a torchvision that was built for CUDA be imported beside a CPU torch.
 
 PyPI has no CPU build of torchvision. Beside a CPU torch its compiled operators do not load, and the
 import fails because the schema of ``nms`` is not known. Nothing measured here calls ``nms``: this
 declares the schema, so that the import succeeds. Run it once, with the path of the environment:
 
-    python -m benchmarks.peers.prepare_vllm VENV
+    python -m benchmarks.peers.torchvision_schema VENV
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-MARK = "# declared by prepare_vllm.py: the compiled operators did not load"
+MARK = "# declared by torchvision_schema.py: the compiled operators did not load"
 DECLARATION = f"""{MARK}
 if not torchvision.extension._has_ops():
     _declared = torch.library.Library("torchvision", "FRAGMENT")
