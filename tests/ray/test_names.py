@@ -17,6 +17,7 @@ from sensorium.errors import MediaNotCachedError
 from sensorium.multimodal.items import Features, MediaItem
 from sensorium.multimodal.shared_memory import SharedArraysFolder
 from sensorium.ray.media import index as indexes
+from sensorium.ray.media import names
 from sensorium.ray.media.features import FeaturesOut
 from sensorium.ray.media.index import SharedRef
 from sensorium.ray.media.names import NamesElsewhere, NamesIndex
@@ -38,12 +39,24 @@ def directory(ray_address: str) -> Iterator[Any]:
     ray.kill(actor)
 
 
+class Recorded(NamesElsewhere):
+    """The directory as a process uses it, with the digests of what it offers."""
+
+    def __init__(self, index: Any, features: FeaturesOut) -> None:
+        super().__init__(index, features)
+        self.digests: list[bytes] = []
+
+    def offer(self, digest: bytes, features: Features) -> None:
+        self.digests.append(digest)
+        super().offer(digest, features)
+
+
 class Process:
     """What a process for HTTP has of media."""
 
     def __init__(self, directory: Any) -> None:
         self.out = FeaturesOut()
-        self.names = NamesElsewhere(directory, self.out)
+        self.names = Recorded(directory, self.out)
         self._folder = SharedArraysFolder()
         self.media = Setup(elsewhere=self.names, shared_folder=self._folder, enable_mm_embeds=True)
 
@@ -119,12 +132,28 @@ async def test_one_item_under_an_id_and_without_has_one_copy_in_the_store(direct
     assert len(one.out) == 1
 
 
+async def test_what_died_with_a_process_is_offered_by_one_that_has_it(
+    directory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names, "AGAIN_SECONDS", 0.0)
+    one, other, third = Process(directory), Process(directory), Process(directory)
+    [item] = await one.load(object_ref(RED, "a"))
+    await other.load(cached_ref("a"))
+    [key] = one.names.digests
+    await directory.forget.remote(key, await directory.find.remote(key))
+    with pytest.raises(MediaNotCachedError):
+        await third.load(cached_ref("a"))
+    await other.load(cached_ref("a"))
+    [found] = await third.load(cached_ref("a"))
+    assert found.digest == item.digest
+
+
 @pytest.mark.parametrize("about", [None, Features("image", {}, 4)])
 async def test_what_is_no_features_is_forgotten(directory: Any, about: Any) -> None:
-    names = NamesElsewhere(directory, FeaturesOut())
+    here = NamesElsewhere(directory, FeaturesOut())
     data = ray.put({"pixels": RED})
     await directory.keep.remote(b"a", SharedRef(data, 7, about))
-    assert await names.find(b"a") is None
+    assert await here.find(b"a") is None
     assert await directory.stats.remote() == (0, 0)
 
 

@@ -198,9 +198,10 @@ class MediaPipeline:
             text_digest = await self._digests.text(ref.source)
             seen = self._seen.get(text_digest)
             digest = None if seen is None else self._digests.of_content(ref.modality, seen, context)
-        features = None if digest is None else self._lookup(digest, context)
-        if features is None and by_id is not None:
-            features = await self._from_elsewhere(by_id, context)
+        if by_id is not None:
+            features = await self._by_id(by_id, context)
+        else:
+            features = None if digest is None else self._lookup(digest, context)
         if digest is not None and features is not None:
             tracing.station("cached", item=ref.param, modality=ref.modality)
             cost = LoadCost(ref.param, cached=True)
@@ -386,7 +387,13 @@ class MediaPipeline:
         """Return what is cached under the digest of a caller's id, here or in another process."""
         if digest is None:
             return None
-        return self._lookup(digest, context) or await self._from_elsewhere(digest, context)
+        found = self._lookup(digest, context)
+        if found is None:
+            return await self._from_elsewhere(digest, context)
+        if self._elsewhere is not None:
+            # Again: the process that offered it first may have gone.
+            self._elsewhere.offer(digest, found)
+        return found
 
     async def _from_elsewhere(self, digest: bytes, context: LoadContext) -> Features | None:
         """Return what another process has under a caller's id, and keep it here."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
@@ -93,14 +94,18 @@ class IndexClient:
     Args:
         index: Handle of the deployment.
         what: Name of the objects in the log.
+        again_seconds: Time after which an object may be offered again, as the process that put it
+            into the store, or the index, may have gone; never by default.
     """
 
-    def __init__(self, index: Any, what: str) -> None:
+    def __init__(self, index: Any, what: str, again_seconds: float = math.inf) -> None:
         self._index = index
         self._what = what
         self._offers: dict[bytes, asyncio.Task[None]] = {}
         self._offer_bytes = 0
-        self._offered: OrderedDict[bytes, None] = OrderedDict()
+        self._again_seconds = again_seconds
+        self._offered: OrderedDict[bytes, float] = OrderedDict()
+        """Times until which objects are not offered again."""
         self._has_failed = False
         self._silent_until = 0.0
         self.num_found = self.num_offered = 0
@@ -163,7 +168,9 @@ class IndexClient:
         What was offered before, or is on its way, is not offered again while that is remembered.
         ``num_bytes``: about what the object has.
         """
-        if key in self._offered or key in self._offers or len(self._offers) >= MOST_OFFERS:
+        if self._offered.get(key, 0.0) > time.monotonic() or key in self._offers:
+            return
+        if len(self._offers) >= MOST_OFFERS:
             return
         if self._offers and self._offer_bytes + num_bytes > MOST_OFFER_BYTES:
             return
@@ -193,7 +200,7 @@ class IndexClient:
             return
         self._has_failed = False
         self.num_offered += 1
-        self._offered[key] = None
+        self._offered[key] = time.monotonic() + self._again_seconds
         if len(self._offered) > MOST_OFFERED:
             self._offered.popitem(last=False)
 
