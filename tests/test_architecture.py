@@ -143,7 +143,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"launch"},
     ),
     "ray": (
-        {"cluster", "extra", "tasks"},
+        {"cluster", "extra", "logs", "tasks"},
         {"media"},
         {"data", "serving"},
     ),

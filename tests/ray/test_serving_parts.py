@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import subprocess
 import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sensorium.cli.main import main
-from sensorium.config import ServedConfig, ServerConfig, engine_config
+from sensorium.config import ModelConfig, ServedConfig, ServerConfig, engine_config
+from sensorium.distributed.routing import RequestKey
 from sensorium.engine.stats import AdapterFacts, EngineFacts, EngineStats
 from sensorium.errors import ConfigError
-from sensorium.ray.serving import launch
-from sensorium.ray.serving.app import application, build_app, check
+from sensorium.ray.serving import claims, launch
+from sensorium.ray.serving.app import application, build_app, check, version_of
+from sensorium.ray.serving.cluster import Need, divided, own_engine_cpus
+from sensorium.ray.serving.engine import LOST_SECONDS, Loss
 from sensorium.ray.serving.engines import summed
 from sensorium.ray.serving.fleet import Fleet, ReplicaReport, common_facts
-from sensorium.ray.serving.messages import Clock
+from sensorium.ray.serving.messages import Clock, Ticket
+from sensorium.ray.serving.router import EngineRouter
 from sensorium.ray.serving.scaling import LOAD, load_of, scale, wanted_replicas
 
 FACTS = EngineFacts(2048, 100, 32, 512, "cpu", "float32", 1, 0.5)
@@ -122,12 +131,141 @@ def test_a_single_server_does_not_import_ray() -> None:
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.parametrize(
+    ("nodes", "need", "expected"),
+    [
+        ([{"CPU": 4}], Need(2, others_cpus=1), (1, 0, 2)),
+        ([{"CPU": 0}, {"CPU": 16}, {"CPU": 16}], Need(2, others_cpus=1), (15, 0, 1)),
+        ([{}, {"CPU": 9}, {"CPU": 17}], Need(4, others_cpus=1), (4, 0, 2)),
+        ([{"CPU": 32, "GPU": 4}] * 2, Need(8, gpus=1, others_cpus=2), (7, 1, 4)),
+        ([{"CPU": 32, "GPU": 8}], Need(2, 2, gpus=2, others_cpus=1), (7, 2, 4)),
+        ([{"CPU": 64}, {"CPU": 9, "GPU": 1}], Need(1, gpus=1, others_cpus=1), (8, 1, 1)),
+    ],
+)
+def test_a_cluster_is_divided_among_the_machines_that_can_hold_an_engine(
+    nodes: list[dict[str, float]], need: Need, expected: tuple[int, int, int]
+) -> None:
+    found = divided(nodes, need)
+    assert (found.engine_cpus, found.engine_gpus, found.per_node) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "need", "words"),
+    [
+        ([{"CPU": 4}] * 4, Need(1, ranks=8), "8 CPUs on one machine; .* at most 4 CPUs"),
+        ([{"CPU": 8, "GPU": 1}] * 4, Need(1, 2, gpus=2), "2 GPUs on one machine; .* and 1 GPUs"),
+        ([{"CPU": 8, "GPU": 3}] * 2, Need(3, 2, gpus=2), "GPUs for 2 replicas"),
+        ([{"CPU": 2}], Need(2, others_cpus=1), "2 CPUs.* need 3"),
+        ([{"CPU": 1, "GPU": 4}], Need(2, gpus=1), "1 CPUs.* need 2"),
+        ([], Need(1), "at most 0 CPUs"),
+    ],
+)
+def test_a_cluster_that_is_too_small_is_refused(
+    nodes: list[dict[str, float]], need: Need, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        divided(nodes, need)
+
+
+def test_ranks_fit_the_processors_of_this_machine(caplog: pytest.LogCaptureFixture) -> None:
+    assert own_engine_cpus(8, 2, 2) == 4
+    assert not caplog.records
+    assert own_engine_cpus(2, 4, 1) == 1
+    assert "4 replicas of 1 ranks share 2 processors" in caplog.text
+    with pytest.raises(ConfigError, match="4 processors; this machine has 2"):
+        own_engine_cpus(2, 1, 4)
+
+
+def test_what_waits_for_a_place_is_said_once_and_what_is_missing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
+    waits = "Deployment 'Engine' in application 'a' has 2 replicas that have taken more than 30s "
+    message = SimpleNamespace(message=waits + "to be scheduled. This may be")
+    for text in ("", waits + "to initialize."):
+        quiet = SimpleNamespace(deployments={"Engine": SimpleNamespace(message=text)})
+        assert not launch.say_what_is_missing(quiet, _resources())
+    found = SimpleNamespace(deployments={"Engine": message})
+    assert launch.say_what_is_missing(found, _resources())
+    assert "2 replicas of Engine wait" in caplog.text
+    assert "1 CPUs on one machine (1 are free" in caplog.text
+
+
+def test_an_engine_that_loads_is_not_lost() -> None:
+    loss = Loss()
+    assert not loss.is_final(False, True, 0.0)
+    assert not loss.is_final(False, True, 10 * LOST_SECONDS), "it loads"
+    assert loss.is_final(False, False, 10 * LOST_SECONDS + 1), "the attempt failed"
+    assert loss.is_final(False, True, 10 * LOST_SECONDS + 2), "said is said"
+    assert not loss.is_final(True, False, 10 * LOST_SECONDS + 3)
+    assert not loss.is_final(False, False, 10 * LOST_SECONDS + 4), "time counts anew"
+
+
+def test_the_same_options_have_one_version(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"a")
+
+    def version(fresh: str = "", **options: object) -> str:
+        engine = dataclasses.replace(served().engine, model=ModelConfig(model=str(tmp_path)))
+        return version_of(fresh, ServedConfig(engine=engine, server=ServerConfig(**options)), 2)
+
+    first = version(api_key=("a",))
+    assert version(api_key=("a",)) == first
+    assert version(api_key=("b",)) != first
+    assert version("fresh", api_key=("a",)) != first
+    weights.write_bytes(b"ab")
+    assert version(api_key=("a",)) != first
+
+
+class FakeRouting(EngineRouter):
+    """The router without Ray Serve around it."""
+
+    _event_loop = SimpleNamespace(call_soon_threadsafe=lambda call, *a: call(*a))
+
+    def __init__(self) -> None:
+        self.initialize_state()
+        self.router.set_replicas(["a", "b"])
+
+
+class FakeResult:
+    """An attempt of Ray Serve, which has ended or will end."""
+
+    def __init__(self, has_ended: bool) -> None:
+        self.has_ended, self.calls = has_ended, []
+
+    def add_done_callback(self, call: Any) -> None:
+        if self.has_ended:
+            call(None)
+        else:
+            self.calls.append(call)
+
+
+@pytest.mark.parametrize("ends_first", [False, True])
+def test_what_was_sent_ends_once_whenever_ray_serve_says_so(ends_first: bool) -> None:
+    routing = FakeRouting()
+    key = RequestKey(64, (b"12345678",), ())
+    pending = SimpleNamespace(args=[Ticket(key)], metadata=SimpleNamespace(internal_request_id="r"))
+    replica = SimpleNamespace(unique_id="a")
+    before = routing.router.waits()
+    result = FakeResult(ends_first)
+    routing.on_request_routed(pending, replica, result)
+    # The attempt that was rejected before, of the same id, ends late.
+    routing.on_request_completed(replica, "r")
+    if not ends_first:
+        assert routing.router.waits()["a"] > before["a"]
+        for call in result.calls:
+            call(None)
+    assert routing.router.waits() == before
+
+
 class FakeServe:
     """Ray Serve with an application of another start, whose update fails."""
 
     def __init__(self, *names: str) -> None:
         self.names, self.deleted = names, []
-        self.statuses = ["DEPLOYING", "DEPLOY_FAILED"]
+        self.statuses = ["RUNNING", "DEPLOYING", "DEPLOY_FAILED"]
+        if not names:
+            del self.statuses[0]
 
     def start(self, **_: object) -> None:
         """It runs already."""
@@ -147,16 +285,84 @@ class FakeServe:
         self.deleted.append(name)
 
 
+class FakeStore:
+    """The store of a cluster."""
+
+    def __init__(self) -> None:
+        self.values: dict[bytes, bytes] = {}
+
+    def _internal_kv_put(self, key: str, value: str | bytes, *, namespace: bytes) -> None:
+        self.values[key.encode()] = value.encode() if isinstance(value, str) else value
+
+    def _internal_kv_get(self, key: bytes, *, namespace: bytes) -> bytes | None:
+        return self.values.get(key)
+
+    def _internal_kv_del(self, key: str | bytes, *, namespace: bytes) -> int:
+        return int(self.values.pop(key.encode() if isinstance(key, str) else key, None) is not None)
+
+    def _internal_kv_list(self, prefix: str, *, namespace: bytes) -> list[bytes]:
+        return [key for key in self.values if key.startswith(prefix.encode())]
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> FakeStore:
+    fake = FakeStore()
+    monkeypatch.setattr(claims, "internal_kv", fake)
+    return fake
+
+
+def test_the_latest_start_ends_an_application(store: FakeStore) -> None:
+    first, second = claims.Claims("a", "1"), claims.Claims("a", "2")
+    other = claims.Claims("b", "3")
+    assert not first.add(application_there=False)
+    assert not second.add(application_there=False)
+    assert not other.add(application_there=False)
+    assert not first.end()
+    assert second.are_latest()
+    assert not second.remove(), "the first one has a part in it"
+    assert first.end()
+    assert second.add(application_there=True), "it is being ended"
+    first.clear()
+    assert first.remove()
+    assert other.are_latest()
+
+
+def test_a_start_that_was_killed_has_no_part_in_the_next_application(store: FakeStore) -> None:
+    store._internal_kv_put("serve:a:starts:1", "5.0", namespace=b"")
+    own = claims.Claims("a", "2")
+    own.add(application_there=True)
+    assert not own.remove()
+    own.add(application_there=False)
+    assert own.remove()
+
+
 @pytest.mark.parametrize(("there", "deleted"), [(("sensorium",), []), ((), ["sensorium"])])
 def test_a_start_that_fails_ends_no_application_of_another_one(
-    monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...], deleted: list[str]
+    monkeypatch: pytest.MonkeyPatch, store: FakeStore, there: tuple[str, ...], deleted: list[str]
 ) -> None:
     fake = FakeServe(*there)
     monkeypatch.setattr(launch, "serve", fake)
     monkeypatch.setattr(launch, "show_logs", lambda: None)
-    monkeypatch.setattr(launch, "application", lambda *_: None)
+    monkeypatch.setattr(launch, "application", lambda *_, **__: None)
     monkeypatch.setattr(launch.ReplicasRun, "find_address", lambda _: None)
     monkeypatch.setattr(launch, "connected", lambda _: contextlib.nullcontext(_resources()))
     with pytest.raises(ConfigError, match="no memory"):
         launch.ReplicasRun(served(ray_address="auto"), 8000).run()
     assert fake.deleted == deleted
+
+
+def test_a_second_signal_ends_the_wait_for_the_cluster(store: FakeStore) -> None:
+    run = launch.ReplicasRun(served(ray_address="auto"), 8000)
+    begun, never = threading.Event(), threading.Event()
+
+    def waits() -> None:
+        begun.set()
+        never.wait()
+
+    waiting = threading.Thread(target=run.until_hurry, args=(waits, math.inf), daemon=True)
+    waiting.start()
+    assert begun.wait(10)
+    run.hurry.set()
+    waiting.join(60)
+    assert not waiting.is_alive()
+    never.set()

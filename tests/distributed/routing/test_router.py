@@ -292,3 +292,11 @@ class Fleet(RuleBasedStateMachine):
 
 TestFleet = Fleet.TestCase
 TestFleet.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+
+
+def test_only_allowed_replicas_are_chosen_also_when_as_many_are_allowed_as_there_are() -> None:
+    to = router(["a", "b"])
+    request = key("x", media=("m",))
+    for _ in range(20):
+        assert "a" not in to.choose(request, ["b", "gone"])
+        assert to.choose(None, ["b", "gone"]) == ["b"]

@@ -42,7 +42,9 @@ from sensorium.distributed.routing.memory import HolderMemory, Popularity
 from sensorium.distributed.routing.ring import HashRing
 
 MOST_CANDIDATES = 8
-"""Holders of a request's content that are compared."""
+"""Holders of one piece of a request's content that are compared."""
+MOST_COMPARED = 16
+"""Holders of all of its content after which no further piece is looked at."""
 MOST_STEPS = 8
 """Replicas on the ring that are asked for new content."""
 LATEST = 128
@@ -147,7 +149,7 @@ class Router:
             among: The only replicas that may be chosen; None for all. Those that are not healthy
                 are chosen only when no other is left.
         """
-        allowed = None if among is None or len(among) >= len(self._replicas) else set(among)
+        allowed = self._allowed(among)
         if key is None or not (key.prefixes or key.media):
             return self._choose_by_load(allowed)
         ranked = sorted(
@@ -158,6 +160,13 @@ class Router:
         if len(chosen) < 2:
             chosen += [id for id in self._choose_by_load(allowed) if id not in chosen]
         return chosen
+
+    def _allowed(self, among: Collection[str] | None) -> set[str] | None:
+        """Return the only replicas that may be chosen; None for all."""
+        if among is None:
+            return None
+        allowed = set(among)
+        return None if allowed >= self._replicas.keys() else allowed
 
     def sent(self, replica: str, key: RequestKey) -> None:
         """Note that a request goes to a replica, which will have its content."""
@@ -258,6 +267,8 @@ class Router:
                 break
             num_known -= 1
         for digest, _ in key.media[:MOST_CANDIDATES]:
+            if len(found) >= MOST_COMPARED:
+                break
             for replica in self._some(self._media.holders(digest), allowed):
                 if replica not in found:
                     found[replica] = self._cost(replica, key)

@@ -88,6 +88,7 @@ class EngineSupervisor:
         self._task: asyncio.Task[None] | None = None
         self._backoff = Backoff()
         self._num_restarts = 0
+        self._loading = False
         self._start_seconds = 0.0
         self._expected_at = 0.0
         self._stopping = False
@@ -96,6 +97,11 @@ class EngineSupervisor:
     def alive(self) -> bool:
         """Return True while requests can be submitted."""
         return self._client is not None and self._client.alive
+
+    @property
+    def loading(self) -> bool:
+        """Return True while an engine is being started, however long that takes."""
+        return self._loading
 
     @property
     def facts(self) -> EngineFacts:
@@ -179,12 +185,15 @@ class EngineSupervisor:
     async def _started(self) -> EngineClient:
         process, self._process = self._process, None
         client = self._new_client(self._config, process)
+        self._loading = True
         try:
             await client.start()
             await self._restore(client)
         except BaseException:
             await client.stop()
             raise
+        finally:
+            self._loading = False
         self._start_seconds = client.start_seconds
         return client
 

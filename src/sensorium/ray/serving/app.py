@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
+from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from sensorium import environment
+from sensorium import __version__, environment
 from sensorium.config import (
     GIB,
     EngineConfig,
@@ -51,6 +52,11 @@ class Resources:
     server_cpus: float = 1
     per_node: int = 1
 
+    @property
+    def of_engine(self) -> dict[str, float]:
+        """Return what an engine reserves, by Ray's names."""
+        return {"CPU": self.engine_cpus, "GPU": self.engine_gpus}
+
 
 def build_app(options: dict[str, Any]) -> Application:
     """Return the application for a Serve configuration file.
@@ -75,11 +81,15 @@ def build_app(options: dict[str, Any]) -> Application:
     return application(config, resources)
 
 
-def application(config: ServedConfig, resources: Resources, owner: str = "") -> Application:
-    """Return the application of one model. Raises ConfigError for what replicas cannot have."""
+def application(config: ServedConfig, resources: Resources, fresh: str = "") -> Application:
+    """Return the application of one model. Raises ConfigError for what replicas cannot have.
+
+    Deployed again with the same options it replaces nothing. ``fresh``: a text that no application
+    had before, which replaces all.
+    """
     check(config)
     server = _shared_out(config.server)
-    engines = _engines(config.engine, server, resources)
+    engines = _engines(config.engine, server, resources, fresh)
     deployment = serve.deployment(
         ingress(),
         name=SERVER,
@@ -89,8 +99,38 @@ def application(config: ServedConfig, resources: Resources, owner: str = "") -> 
         ray_actor_options={"num_cpus": resources.server_cpus},
     )
     served = ServedConfig(engine=config.engine, server=server)
-    names = _names(config.engine, server)
-    return deployment.bind(served, engines, owner or secrets.token_hex(8), names)
+    names = _names(config.engine, server, fresh)
+    return _versioned(deployment, fresh, served).bind(served, engines, names)
+
+
+def _versioned(deployment: Deployment, fresh: str, *options: object) -> Deployment:
+    """Return a deployment whose replicas Ray Serve replaces when the version differs.
+
+    Without one, Ray Serve makes up another at each start.
+    """
+    return deployment.options(version=version_of(fresh, *options), _internal=True)
+
+
+def version_of(fresh: str, *options: object) -> str:
+    """Return a text that is the same while nothing has changed of what replicas are made of.
+
+    ``options``: all of that but handles of other deployments. Files of the model count with their
+    sizes and times, where this machine has them.
+    """
+    digest = blake3(repr((__version__, fresh, *map(_plain, options))).encode())
+    return digest.hexdigest(length=16)
+
+
+def _plain(option: object) -> object:
+    """Return options as values whose text is the same in each process."""
+    if isinstance(option, EngineConfig):
+        folder = Path(option.model.model)
+        found = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in found if f.is_file()]
+        return dataclasses.asdict(option), files
+    if isinstance(option, ServedConfig):
+        return _plain(option.engine), dataclasses.asdict(option.server)
+    return option
 
 
 def _lives(server: ServerConfig) -> dict[str, Any]:
@@ -116,7 +156,9 @@ def check(config: ServedConfig) -> None:
             raise ConfigError(f"{flag} is not available with replicas.", param=name)
 
 
-def _engines(config: EngineConfig, server: ServerConfig, resources: Resources) -> Application:
+def _engines(
+    config: EngineConfig, server: ServerConfig, resources: Resources, fresh: str
+) -> Application:
     scheduler = config.scheduler
     deployment = serve.deployment(
         Engine,
@@ -138,22 +180,28 @@ def _engines(config: EngineConfig, server: ServerConfig, resources: Resources) -
     one = dataclasses.replace(config.parallel, data_parallel_size=1)
     alone = dataclasses.replace(config, parallel=one)
     level = (server.log_level or environment.log_level()).lower()
-    return deployment.bind(alone, resources.per_node, level, _index(server))
+    options = alone, resources.per_node, level
+    index = _index(server, fresh)
+    most_shared = server.shared_embeddings_gb if index is not None else 0
+    return _versioned(deployment, fresh, *options, most_shared).bind(*options, index)
 
 
-def _index(server: ServerConfig) -> Application | None:
+def _index(server: ServerConfig, fresh: str) -> Application | None:
     """Return the deployment that knows which embeddings replicas share, where they do."""
-    return _one_index(SharedIndex, EMBEDDINGS, int(server.shared_embeddings_gb * GIB))
+    return _one_index(SharedIndex, EMBEDDINGS, int(server.shared_embeddings_gb * GIB), fresh)
 
 
-def _names(config: EngineConfig, server: ServerConfig) -> Application | None:
+def _names(config: EngineConfig, server: ServerConfig, fresh: str) -> Application | None:
     """Return the directory of the media that clients name by ids, for several processes."""
     if server.api_server_count == 1:
         return None
-    return _one_index(NamesIndex, NAMES, int(config.cache.mm_processor_cache_gb * GIB))
+    most_bytes = int(config.cache.mm_processor_cache_gb * GIB)
+    return _one_index(NamesIndex, NAMES, most_bytes, fresh)
 
 
-def _one_index(kind: type[SharedIndex], name: str, most_bytes: int) -> Application | None:
+def _one_index(
+    kind: type[SharedIndex], name: str, most_bytes: int, fresh: str
+) -> Application | None:
     """Return the deployment of an index, None where it could keep nothing."""
     if not most_bytes:
         return None
@@ -164,7 +212,7 @@ def _one_index(kind: type[SharedIndex], name: str, most_bytes: int) -> Applicati
         max_ongoing_requests=MOST_REQUESTS,
         ray_actor_options={"num_cpus": 0},
     )
-    return deployment.bind(most_bytes)
+    return _versioned(deployment, fresh, most_bytes).bind(most_bytes)
 
 
 def _number(config: EngineConfig, server: ServerConfig) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import ray
 
@@ -20,28 +20,50 @@ logger = logging.getLogger("sensorium.server")
 NAMESPACE = "serve"
 
 
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Needs of replicas: ``engines`` at least, each of ``ranks`` processes.
+
+    ``gpus``: of an engine. ``others_cpus``: CPUs of all processes that are no engines, which may
+    be on any machine.
+    """
+
+    engines: int
+    ranks: int = 1
+    gpus: float = 0
+    others_cpus: float = 0
+
+
 @contextlib.contextmanager
 def connected(config: ServedConfig) -> Iterator[Resources]:
     """Connect to the cluster of ``--ray-address``, or run one of our own for the block.
 
     Gives what each process may reserve. Raises ConfigError when Ray cannot be used or the cluster
-    has not enough processors, UnavailableError when nothing answers at the address.
+    has not enough processors or GPUs, UnavailableError when nothing answers at the address.
     """
     address = config.server.ray_address
     if address is not None:
         logger.info("connecting to Ray at %s", address)
         with ray_cluster(address, namespace=NAMESPACE, show_logs=True):
-            yield _found_resources(config)
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            has_gpus = any(node.get("GPU", 0) for node in nodes)
+            yield divided(nodes, _need(config, has_gpus))
         return
     most = most_replicas(config)
     usable = cores.find().num_usable
-    if most > usable:
-        logger.warning("%d replicas share %d processors", most, usable)
-    each = max(config.engine.parallel.tensor_parallel_size, usable // most)
+    each = own_engine_cpus(usable, most, config.engine.parallel.tensor_parallel_size)
     num_cpus = each * most + config.server.api_server_count
     logger.info("starting Ray on this machine")
     with ray_cluster(num_cpus=num_cpus, namespace=NAMESPACE, show_logs=True):
-        yield Resources(engine_cpus=each, engine_gpus=_gpus(config), per_node=most)
+        found = ray.cluster_resources().get("GPU", 0)
+        gpus = _need(config, has_gpus=bool(found)).gpus
+        if most * gpus > found:
+            raise ConfigError(
+                f"This machine has {found:g} GPUs; {most} replicas of {gpus:g} each need "
+                f"{most * gpus:g}. Run fewer replicas, or with --device cpu.",
+                param="data_parallel_size",
+            )
+        yield Resources(engine_cpus=each, engine_gpus=gpus, per_node=most)
 
 
 def most_replicas(config: ServedConfig) -> int:
@@ -50,35 +72,114 @@ def most_replicas(config: ServedConfig) -> int:
     return span[1] if span is not None else config.engine.parallel.data_parallel_size
 
 
-def _found_resources(config: ServedConfig) -> Resources:
-    """Return what each process reserves on a cluster that there is. Raises ConfigError."""
-    found = ray.cluster_resources()
-    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+def own_engine_cpus(usable: int, engines: int, ranks: int) -> int:
+    """Return the CPUs of each engine on this machine, of which engines may share some.
+
+    Raises ConfigError where one engine has more ranks than the machine has processors.
+    """
+    if ranks > usable:
+        raise ConfigError(
+            f"{ranks} ranks need {ranks} processors; this machine has {usable}.",
+            param="tensor_parallel_size",
+        )
+    if engines * ranks > usable:
+        logger.warning("%d replicas of %d ranks share %d processors", engines, ranks, usable)
+    return max(ranks, usable // engines)
+
+
+def divided(nodes: Sequence[Mapping[str, float]], need: Need) -> Resources:
+    """Return what each process reserves on a cluster whose machines have these resources.
+
+    All engines get the same: what they can have on the smallest machine that can hold one. A
+    machine that cannot, such as a head with 0 CPUs, does not count. Raises ConfigError where the
+    machines have too little.
+    """
+    able = [node for node in nodes if _holds(node, need)]
+    if not able:
+        raise _too_small(nodes, need)
+    spread = -(-need.engines // len(able))
+    if need.gpus:
+        most = [int(node["GPU"] // need.gpus) for node in able]
+        if sum(most) < need.engines:
+            raise ConfigError(
+                f"The Ray cluster has GPUs for {sum(most)} replicas of {need.gpus:g} GPUs each on "
+                f"a machine; {need.engines} are wanted.",
+                param="data_parallel_size",
+            )
+        # Ray may fill a machine before it takes the next one.
+        shares = [_share(node, engines, need) for node, engines in zip(able, most, strict=True)]
+        per_node = max(most)
+    else:
+        shares = [_share(node, spread, need) for node in able]
+        per_node = spread
+    each = max(need.ranks, min(shares))
+    places = sum(_places(node, each, need) for node in able)
+    there = sum(node.get("CPU", 0) for node in nodes)
+    if places < need.engines or there < each * need.engines + need.others_cpus:
+        raise ConfigError(
+            f"The Ray cluster has {there:g} CPUs, of which machines that can hold a replica have "
+            f"{sum(node.get('CPU', 0) for node in able):g}; {need.engines} replicas of {each} CPUs "
+            f"and {need.others_cpus:g} CPUs for other processes need "
+            f"{need.engines * each + need.others_cpus:g}.",
+            param="data_parallel_size",
+        )
+    return Resources(engine_cpus=each, engine_gpus=need.gpus, per_node=per_node)
+
+
+def _holds(node: Mapping[str, float], need: Need) -> bool:
+    """Return whether a machine can hold one engine."""
+    return node.get("CPU", 0) >= need.ranks and node.get("GPU", 0) >= need.gpus
+
+
+def _share(node: Mapping[str, float], engines: int, need: Need) -> int:
+    """Return the CPUs of each engine where a machine has so many.
+
+    What is no engine may be on it, too.
+    """
+    return int((node["CPU"] - need.others_cpus) // engines)
+
+
+def _places(node: Mapping[str, float], each: int, need: Need) -> int:
+    """Return how many engines of ``each`` CPUs a machine can hold."""
+    places = int(node["CPU"] // each)
+    return min(places, int(node["GPU"] // need.gpus)) if need.gpus else places
+
+
+def _too_small(nodes: Sequence[Mapping[str, float]], need: Need) -> ConfigError:
+    """Return the error of a cluster where no machine can hold an engine."""
+    cpus = max((node.get("CPU", 0) for node in nodes), default=0)
+    gpus = max((node.get("GPU", 0) for node in nodes), default=0)
+    wanted = f"{need.ranks} CPUs" + (f" and {need.gpus:g} GPUs" if need.gpus else "")
+    return ConfigError(
+        f"A replica of {need.ranks} ranks needs {wanted} on one machine; the machines of the Ray "
+        f"cluster have at most {cpus:g} CPUs and {gpus:g} GPUs.",
+        param="tensor_parallel_size" if need.ranks > 1 else "data_parallel_size",
+    )
+
+
+def _need(config: ServedConfig, has_gpus: bool) -> Need:
+    """Return what the replicas need, with a GPU for each rank where the cluster has some."""
     span = config.server.replica_range
-    least = span[0] if span is not None else config.engine.parallel.data_parallel_size
-    gpus = _gpus(config)
-    if found.get("GPU", 0) < least * gpus:
-        raise ConfigError(
-            f"The Ray cluster has {found.get('GPU', 0):g} GPUs, fewer than the {least * gpus:g} "
-            f"that {least} replicas need.",
-            param="data_parallel_size",
-        )
-    per_node = 1 if gpus else max(1, math.ceil(least / max(1, len(nodes))))
-    spare = config.server.api_server_count
     ranks = config.engine.parallel.tensor_parallel_size
-    each = max(ranks, int((min(nodes, default=0) - spare) // per_node))
-    need, there = least * each + spare, found.get("CPU", 0)
-    if need > there:
-        raise ConfigError(
-            f"The Ray cluster has {there:g} CPUs; {least} replicas and {spare} processes for HTTP "
-            f"need {need}.",
-            param="data_parallel_size",
-        )
-    return Resources(engine_cpus=each, engine_gpus=gpus, per_node=per_node)
+    return Need(
+        engines=span[0] if span is not None else config.engine.parallel.data_parallel_size,
+        ranks=ranks,
+        gpus=ranks if has_gpus and config.engine.model.device != "cpu" else 0,
+        others_cpus=config.server.api_server_count,
+    )
 
 
-def _gpus(config: ServedConfig) -> float:
-    """Return the GPUs of a replica: one for each of its ranks, where the cluster has some."""
-    if config.engine.model.device == "cpu" or not ray.cluster_resources().get("GPU", 0):
-        return 0
-    return config.engine.parallel.tensor_parallel_size
+def missing(name: str, num: int, each: Mapping[str, float], free: Mapping[str, float]) -> str:
+    """Return what a cluster lacks for ``num`` replicas of a deployment that wait for a place.
+
+    ``each``: what one of them reserves. ``free``: what is free on the whole cluster.
+    """
+    parts = [
+        f"{number:g} {kind}s on one machine ({free.get(kind, 0):g} are free on all together)"
+        for kind, number in each.items()
+        if number
+    ]
+    return (
+        f"{num} replicas of {name} wait for a place on the Ray cluster: each needs "
+        f"{' and '.join(parts)}. Add machines, end other work, or run fewer replicas."
+    )

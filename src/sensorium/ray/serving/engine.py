@@ -31,11 +31,33 @@ from sensorium.ray.serving.scaling import LOAD, load_of
 logger = logging.getLogger(__name__)
 
 LOST_SECONDS = 120.0
-"""Time without an engine after which Ray Serve is told to replace the whole replica."""
+"""Time without an engine after which Ray Serve is told to replace the whole replica, once an
+attempt to bring it back has failed: one that loads gets the time it takes."""
 STATS_SECONDS = 1.0
 """Interval of reports, and most time that the engine gets to answer for one."""
 START_FAILED = "The engine could not start: "
 """Begins the message of a replica that cannot start."""
+
+
+class Loss:
+    """Judges from what is seen every few seconds whether an engine can still be brought back."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._is_final = False
+
+    def is_final(self, alive: bool, loading: bool, now: float) -> bool:
+        """Take over what is seen ``now``, in seconds; return whether to replace the replica.
+
+        Not while an engine loads, unless that has been said already.
+        """
+        if alive:
+            self._since, self._is_final = None, False
+            return False
+        if self._since is None:
+            self._since = now
+        self._is_final |= not loading and now - self._since > LOST_SECONDS
+        return self._is_final
 
 
 class Engine:
@@ -56,7 +78,7 @@ class Engine:
         self._stats = EngineStats()
         self._num_reports = 0
         self._max_num_seqs = config.scheduler.max_num_seqs
-        self._lost_at: float | None = None
+        self._loss = Loss()
         try:
             await self._supervisor.start()
         except errors.SensoriumError as error:
@@ -126,13 +148,7 @@ class Engine:
 
     async def check_health(self) -> None:
         """Raise RuntimeError when the engine has been gone for long."""
-        if self._supervisor.alive:
-            self._lost_at = None
-            return
-        now = time.monotonic()
-        if self._lost_at is None:
-            self._lost_at = now
-        if now - self._lost_at > LOST_SECONDS:
+        if self._loss.is_final(self._supervisor.alive, self._supervisor.loading, time.monotonic()):
             raise RuntimeError("the engine cannot be brought back")
 
     async def __del__(self) -> None:

@@ -155,6 +155,10 @@ class RayEngines:
             await self._taken_and_run(request, items, output_queue)
         except errors.SensoriumError as error:
             output_queue.put_nowait(error)
+        except asyncio.CancelledError:
+            if self._stopping:  # who waits for its end was not the one to end it
+                output_queue.put_nowait(errors.EngineDeadError(STOPPING))
+            raise
         except (RayError, TimeoutError) as error:
             logger.warning("a sequence is lost: %s", _first_line(error))
             output_queue.put_nowait(dead_error(RETRY_SECONDS))

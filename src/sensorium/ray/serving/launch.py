@@ -9,18 +9,22 @@ import logging
 import re
 import secrets
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 
 from sensorium import __version__, environment
 from sensorium.config import ServedConfig, ServerConfig
 from sensorium.errors import ConfigError
-from sensorium.ray.serving.app import QUIET, Resources, application, check
-from sensorium.ray.serving.cluster import connected, most_replicas
+from sensorium.ray.logs import show_logs
+from sensorium.ray.serving.app import ENGINE, QUIET, Resources, application, check
+from sensorium.ray.serving.claims import Claims
+from sensorium.ray.serving.cluster import connected, missing, most_replicas
 from sensorium.ray.serving.engine import START_FAILED
-from sensorium.ray.serving.logs import show_logs
 from sensorium.server.adapters.checks import check_adapters
 from sensorium.server.launch import (
     StopSignals,
@@ -35,6 +39,14 @@ logger = logging.getLogger("sensorium.server")
 
 _KEEP_ALIVE_SECONDS = 65
 _LOOK_SECONDS = 0.25
+_PENDING = re.compile(r"has (\d+) replicas that\s+have taken more than \S+ to be scheduled")
+"""In what Ray Serve says of a deployment whose replicas have waited for a place for 30 s."""
+END_SPARE = 10.0
+"""Most seconds that the end takes beyond ``shutdown_timeout``, which is for running requests. What
+has not ended by then ends by itself: replicas on a cluster, processes of a cluster of our own."""
+_HURRY_SECONDS = 2.0
+"""Most seconds for the end after a second signal, so that a cluster hears of it."""
+_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _ENDED = re.compile(re.escape(START_FAILED) + r"(.*)")
 
 
@@ -103,8 +115,10 @@ class ReplicasRun:
         self._host, self._port = model.server.host, port
         self._name = model.server.ray_application
         self._owner = secrets.token_hex(8)
-        self._is_ours = False
-        """True where the end of this run ends the application: no other start has a part in it."""
+        self._claims = Claims(self._name, self._owner)
+        self._was_there = True
+        """True where the application was there before: then a start that fails leaves it."""
+        self._is_up = False
 
     def run(self) -> None:
         """Start, serve until ``stop``, and end. Raises ConfigError."""
@@ -112,20 +126,61 @@ class ReplicasRun:
             if self.stop.is_set():
                 return
             show_logs()
+            ends_at: float | None = None
             try:
                 if self._start(resources):
+                    self._is_up = True
                     self._announce()
                     self.stop.wait()
-                    self._drain()
+                    ends_at = time.monotonic() + self._model.server.shutdown_timeout + END_SPARE
+                    self.until_hurry(self._drain, ends_at - END_SPARE / 2)
             finally:
-                self._end()
+                if ends_at is None:
+                    ends_at = time.monotonic() + END_SPARE
+                self.until_hurry(self._end, ends_at)
+
+    def until_hurry(self, work: Callable[[], None], ends_at: float) -> None:
+        """Run what waits for the cluster, no longer than until ``ends_at`` or a second signal."""
+        thread = threading.Thread(target=_quietly, args=(work,), daemon=True)
+        thread.start()
+        hurried = False
+        while thread.is_alive() and time.monotonic() < ends_at:
+            if self.hurry.is_set() and not hurried:
+                hurried = True
+                ends_at = min(ends_at, time.monotonic() + _HURRY_SECONDS)
+            thread.join(_LOOK_SECONDS)
 
     def _start(self, resources: Resources) -> bool:
         """Deploy, and wait until all is up; False when a signal comes first."""
+        self._start_serve()
+        self.find_address()
+        logger.info("starting %d replicas", most_replicas(self._model))
+        found = serve.status().applications.get(self._name)
+        self._was_there = found is not None
+        is_ending = self._claims.add(application_there=self._was_there)
+        # Where all is as before, Ray Serve keeps the replicas, which these must not be.
+        is_useless = is_ending or (found is not None and found.status in _FAILED)
+        app = application(self._model, resources, fresh=self._owner if is_useless else "")
         server = self._model.server
-        local = server.ray_address is None
+        target = serve.RunTarget(app, name=self._name, route_prefix=server.root_path or "/")
+        serve.run_many([target], wait_for_applications_running=False)
+        has_said = False
+        while not self.stop.wait(_LOOK_SECONDS):
+            found = serve.status().applications.get(self._name)
+            if found is None:
+                raise ConfigError(f"The application {self._name!r} was ended while it started.")
+            if found.status == "RUNNING":
+                return True
+            if found.status in _FAILED:
+                raise _failure(found)
+            has_said = has_said or say_what_is_missing(found, resources)
+        return False
+
+    def _start_serve(self) -> None:
+        """Start Ray Serve where it does not run yet."""
+        server = self._model.server
         serve.start(
-            proxy_location="HeadOnly" if local else "EveryNode",
+            proxy_location="HeadOnly" if server.ray_address is None else "EveryNode",
             http_options={
                 "host": server.host,
                 "port": self._port,
@@ -135,21 +190,6 @@ class ReplicasRun:
             },
             logging_config=QUIET,
         )
-        self.find_address()
-        logger.info("starting %d replicas", most_replicas(self._model))
-        app = application(self._model, resources, self._owner)
-        # What fails or is stopped before it is up leaves the application that was there.
-        self._is_ours = self._name not in serve.status().applications
-        target = serve.RunTarget(app, name=self._name, route_prefix=server.root_path or "/")
-        serve.run_many([target], wait_for_applications_running=False)
-        while not self.stop.wait(_LOOK_SECONDS):
-            found = serve.status().applications[self._name]
-            if found.status == "RUNNING":
-                self._is_ours = True
-                return True
-            if found.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise _failure(found)
-        return False
 
     def find_address(self) -> None:
         """Take over host and port of Ray Serve where that runs already on the cluster."""
@@ -170,36 +210,47 @@ class ReplicasRun:
 
     def _drain(self) -> None:
         """Refuse new requests and wait for running ones, unless another start has taken over."""
-        self._is_ours = False  # also where nobody answers
-        handle = serve.get_app_handle(self._name)
-        self._is_ours = handle.owner.remote().result(timeout_s=10) == self._owner
-        if not self._is_ours:
+        if not self._claims.end():
             logger.info("another start has taken over the application %r: it goes on", self._name)
             return
         logger.info("finishing running requests; a second signal stops at once")
-        drained = handle.broadcast("drain")
-        waiting = threading.Thread(target=lambda: _ignore(drained.results), daemon=True)
-        waiting.start()
-        while waiting.is_alive() and not self.hurry.is_set():
-            waiting.join(_LOOK_SECONDS)
+        serve.get_app_handle(self._name).broadcast("drain").results()
 
     def _end(self) -> None:
         """End the application; on a cluster of our own, all of Ray Serve.
 
-        After a second signal nothing is waited for: a cluster of our own ends anyway.
+        It goes on where another start has a part in it, and where it was there before and this one
+        never got it up. After a second signal a cluster of our own ends anyway.
         """
-        hurry = self.hurry.is_set()
-        with contextlib.suppress(Exception):
-            if self._model.server.ray_address is None:
-                if not hurry:
-                    serve.shutdown()
-            elif self._is_ours:
-                serve.delete(self._name, _blocking=not hurry)
+        if self._model.server.ray_address is None:
+            if not self.hurry.is_set():
+                serve.shutdown()
+            return
+        is_last = self._claims.end() if self._is_up else self._claims.remove()
+        if not is_last:
+            self._claims.remove()
+        elif self._is_up or not self._was_there:
+            self._claims.clear()
+            serve.delete(self._name, _blocking=not self.hurry.is_set())
 
 
-def _ignore(call: Any) -> None:
-    with contextlib.suppress(Exception):
-        call()
+def _quietly(work: Callable[[], None]) -> None:
+    """Run one step of the end; what it needs may be gone already."""
+    try:
+        work()
+    except Exception as error:
+        logger.debug("at the end: %s", error)
+
+
+def say_what_is_missing(found: Any, resources: Resources) -> bool:
+    """Say in the log what the cluster lacks for replicas that wait for a place; return if so."""
+    for name, deployment in found.deployments.items():
+        waiting = _PENDING.search(deployment.message)
+        if waiting is not None:
+            own = resources.of_engine if name == ENGINE else {"CPU": resources.server_cpus}
+            logger.warning("%s", missing(name, int(waiting[1]), own, ray.available_resources()))
+            return True
+    return False
 
 
 def _failure(found: Any) -> ConfigError:

@@ -23,9 +23,8 @@ class EngineRouter(RequestRouter):
 
         ``num_routers``: processes that have a router of their own.
         """
-        self._router = Router(num_routers=num_routers)
-        self._open: dict[str, tuple[str, RequestKey]] = {}
-        """By Ray Serve's id of a request that has not ended: its replica and its key."""
+        self.router = Router(num_routers=num_routers)
+        self._by_id: dict[str, RunningReplica] = {}
         self._reported: dict[str, object] = {}
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
@@ -45,38 +44,41 @@ class EngineRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         """Return replicas, the best one first, each a rank of its own."""
         ticket = _ticket_of(pending_request)
-        by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        usable = [name for name in by_id if name not in ticket.avoid] or list(by_id)
+        by_id, among = self._by_id, None
+        # Ray Serve's own list is all that there are: with thousands of replicas, looking at each
+        # of them would take longer than the decision.
+        if candidate_replicas is not self._replicas_list or ticket.avoid:
+            by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+            among = [name for name in by_id if name not in ticket.avoid] or list(by_id)
         key = ticket.key if isinstance(ticket.key, RequestKey) else None
-        chosen = self._router.choose(key, usable)
+        chosen = self.router.choose(key, among)
         return [[by_id[name]] for name in chosen if name in by_id] or [candidate_replicas]
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
-        """Note what was sent where."""
+        """Note what was sent where, until this attempt ends, which it may have done already.
+
+        A rejected attempt never comes here, but Ray Serve calls ``on_request_completed`` for it
+        as well, with the id that its next attempt has. So the end is that of ``result``.
+        """
         key = _ticket_of(pending_request).key
         if isinstance(key, RequestKey):
-            name = replica_id.unique_id
-            self._router.sent(name, key)
-            self._open[pending_request.metadata.internal_request_id] = name, key
-
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Note the end of a request, however it ended. Called from other threads, too."""
-        self._event_loop.call_soon_threadsafe(self._end, internal_request_id)
-
-    def _end(self, internal_request_id: str) -> None:
-        sent = self._open.pop(internal_request_id, None)
-        if sent is not None:
-            self._router.ended(*sent)
+            name, loop = replica_id.unique_id, self._event_loop
+            self.router.sent(name, key)
+            # Called at once for what has ended, from other threads, too.
+            result.add_done_callback(
+                lambda _: loop.call_soon_threadsafe(self.router.ended, name, key)
+            )
 
     def _publish(self) -> None:
         """Tell the router, and the other threads of this process, what is known of replicas."""
-        reports = {r.replica_id.unique_id: report_of(r.routing_stats) for r in self._replicas_list}
-        self._router.set_replicas(list(reports))
+        self._by_id = {replica.replica_id.unique_id: replica for replica in self._replicas_list}
+        reports = {name: report_of(r.routing_stats) for name, r in self._by_id.items()}
+        self.router.set_replicas(list(reports))
         for name, report in reports.items():
             if report is not None and self._reported.get(name) != report.number:
-                self._router.report(name, _load_of(report))
+                self.router.report(name, _load_of(report))
         self._reported = {n: r.number for n, r in reports.items() if r is not None}
         set_fleet(self._deployment_id.app_name, self._deployment_id.name, Fleet(reports))
 

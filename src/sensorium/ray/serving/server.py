@@ -30,19 +30,19 @@ logger = logging.getLogger("sensorium.server")
 class Server:
     """One process that answers HTTP requests, in front of the engines behind ``handle``.
 
-    ``owner``: of the start of ``sensorium serve`` that made it. ``names``: handle of the directory
-    of the media that clients name by ids, None for one process alone.
+    ``names``: handle of the directory of the media that clients name by ids, None for one process
+    alone.
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, config: ServedConfig, handle: Any, owner: str, names: Any = None
+        self, config: ServedConfig, handle: Any, names: Any = None
     ) -> None:
         configure_logging(config.server)
         environment.set_progress(False)
-        self._owner = owner
-        self._handle = handle
-        self._names = names
         self._config = config
+        features = FeaturesOut()
+        self._engines = RayEngines(handle, features)
+        self._names = None if names is None else NamesElsewhere(names, features)
         self._models = ServedModels([ServedModel(config, self._start)], None)
         self._app = build_app(self._models, config.server)
         self._context: ServingContext = self._app.state.context
@@ -55,14 +55,11 @@ class Server:
         """Return the application; Ray Serve asks for it after the start."""
         return _Answers(self._app)
 
-    async def owner(self) -> str:
-        """Return which start of ``sensorium serve`` made this process."""
-        return self._owner
-
     async def drain(self) -> None:
-        """Refuse new requests, and wait until running ones have ended or their time is over."""
+        """Refuse new requests, and let running ones end, or end them when their time is over."""
         await self._context.batches.close()
         await drain(self._context, asyncio.Event())
+        await self._engines.stop()
 
     async def __del__(self) -> None:
         self._lag.__exit__()
@@ -71,13 +68,11 @@ class Server:
         self._context.files.close()
 
     async def _start(self, engine: EngineConfig) -> Frontend:
-        features = FeaturesOut()
-        names = None if self._names is None else NamesElsewhere(self._names, features)
         return await Frontend.start(
             engine,
             trust_request_chat_template=self._config.server.trust_request_chat_template,
-            engine=RayEngines(self._handle, features),
-            elsewhere=names,
+            engine=self._engines,
+            elsewhere=self._names,
         )
 
 
