@@ -111,13 +111,11 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"embedder", "native", "hub_gguf", "shares"},
         {"families"},
         {"registry"},
-        {"encoders"},
         {"loader", "needs"},
     ),
     "engine": (
         {"stats", "wire", "shared", "iterations", "stations"},
         {"loading"},
-        {"encoding"},
         {"parallel"},
         {"grammar"},
         {"adapters", "engine", "executor"},
@@ -145,9 +143,8 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"launch"},
     ),
     "ray": (
-        {"cluster", "extra", "logs", "start", "tasks"},
+        {"cluster", "extra", "logs", "tasks"},
         {"media"},
-        {"encoders"},
         {"data", "serving"},
     ),
     "cli": (

@@ -8,7 +8,7 @@ import sys
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sensorium.engine.stats import EncoderStats, EngineStats
+from sensorium.engine.stats import EngineStats
 from sensorium.errors import ConfigError
 from sensorium.metrics.families import (
     COMMON_LABELS,
@@ -404,13 +404,3 @@ def test_names_of_adapters_make_a_bounded_number_of_series() -> None:
     assert len(found) == MOST_ADAPTERS + 1
     assert found["a0"] == 2
     assert found[OTHER_ADAPTERS] == 10
-
-
-def test_replicas_of_encoders_have_their_names_and_go_with_them() -> None:
-    metrics = ServingMetrics("p:", model_name="m")
-    metrics.update_encoders({"a": EncoderStats(num_items=3), "b": EncoderStats(num_waiting=2)})
-    text = metrics.render().decode()
-    assert 'p:encoder_replica_items_total{engine="a",model_name="m"} 3.0' in text
-    assert 'p:encoder_replica_waiting{engine="b",model_name="m"} 2.0' in text
-    metrics.update_encoders({})
-    assert "encoder_replica" not in metrics.render().decode()

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sensorium.engine.stats import EncoderStats, EngineStats
+from sensorium.engine.stats import EngineStats
 from sensorium.metrics.families import (
     COMMON_LABELS,
-    ENCODER_ROWS,
     ENGINE_ROWS,
     FAMILIES,
     LORA_ROWS,
@@ -38,7 +37,6 @@ def rendered() -> dict[str, tuple[str, frozenset[str]]]:
     """
     metrics = ServingMetrics("p:", model_name="m")
     metrics.update(EngineStats(max_loras=1))
-    metrics.update_encoders({"1": EncoderStats()})
     metrics.http_request("/", "GET", 200, 0.1)
     metrics.finished(RequestReport(
         finish_reason="stop", num_prompt_tokens=1, num_cached_tokens=0, num_generation_tokens=1,
@@ -74,8 +72,6 @@ def test_every_number_is_one_that_the_engine_and_the_pipeline_give() -> None:
     fields = {field.name for field in dataclasses.fields(EngineStats)}
     assert {row.field for row in (*ENGINE_ROWS, *LORA_ROWS)} <= fields
     assert set(Statistics.__annotations__) <= fields
-    fields = {field.name for field in dataclasses.fields(EncoderStats)}
-    assert {row.field for row in ENCODER_ROWS} == fields
     media = (
         StageCounters()
         .snapshot(CacheStats(0, 0, 0, 0, 0, 0), DecoderStats(), DownloadStats())

@@ -80,13 +80,3 @@ async def test_embeddings_are_not_those_of_an_adapter_in_the_encoder() -> None:
     assert not adapted.features.precomputed
     assert adapted.features.arrays["pixels"].tolist() == [9] * 4
     incoming.close()
-
-
-async def test_embeddings_of_an_encoder_do_not_replace_features_of_the_same_item() -> None:
-    """Those are wanted where an adapter changes the encoder."""
-    incoming = FeaturesIn(1000)
-    [made] = await incoming.items([reference(b"known", precomputed=True)], [b"known"])
-    [adapted] = await incoming.items([reference(b"known")], [b"known, with an adapter"])
-    assert made.features.precomputed
-    assert not adapted.features.precomputed
-    incoming.close()

@@ -33,14 +33,12 @@ def load_model(
     *,
     collectives: Collectives | None = None,
     skip_modalities: Collection[str] = (),
-    encoders_only: bool = False,
     chosen: loader.Chosen = loader.ignored,
 ) -> loader.LoadedModel:
     """Load the model as its options say.
 
     collectives: the ranks that share it. skip_modalities: those that are left out beside the ones
-    that are switched off. encoders_only: the decoder is not loaded. chosen: called with the folder
-    and the dtype before weights are read.
+    that are switched off. chosen: called with the folder and the dtype before weights are read.
     """
     return loader.load(
         config.model.model,
@@ -59,7 +57,6 @@ def load_model(
         replay=not config.model.enforce_eager,
         int8_cache=config.cache.kv_cache_dtype == "int8",
         collectives=collectives,
-        encoders_only=encoders_only,
         chosen=chosen,
         proceed=proceed,
     )

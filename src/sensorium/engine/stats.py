@@ -6,25 +6,6 @@ from dataclasses import dataclass, field, replace
 
 
 @dataclass(slots=True)
-class EncoderStats:
-    """Gauges and counters of a replica that encodes media apart from engines.
-
-    Attributes:
-        num_waiting: Items that wait or are being encoded.
-        num_items: Items encoded since its start, in ``seconds``, to embeddings of ``num_bytes``.
-        num_failed: Items that could not be encoded.
-        weight_bytes: Memory of the weights of its linear layers.
-    """
-
-    num_waiting: int = 0
-    num_items: int = 0
-    num_failed: int = 0
-    seconds: float = 0.0
-    num_bytes: int = 0
-    weight_bytes: int = 0
-
-
-@dataclass(slots=True)
 class EngineStats:
     """A snapshot of gauges and counters.
 

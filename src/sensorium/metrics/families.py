@@ -203,17 +203,6 @@ LORA_ROWS = (
     ),
 )
 
-# ---- numbers of replicas that encode media apart from engines
-
-ENCODER_ROWS = (
-    _gauge("encoder_replica_waiting", "num_waiting", "Items at a replica of --encoder-replicas."),
-    _counter("encoder_replica_items", "num_items", "Items that it has encoded."),
-    _counter("encoder_replica_failures", "num_failed", "Items that it could not encode."),
-    _counter("encoder_replica_seconds", "seconds", "Seconds that it spent on encoding."),
-    _counter("encoder_replica_bytes", "num_bytes", "Bytes of the embeddings that it made."),
-    _gauge("encoder_replica_weight_bytes", "weight_bytes", "Memory of its linear layers."),
-)
-
 # ---- numbers of the media pipeline
 
 MEDIA_ROWS = (
@@ -441,7 +430,6 @@ SECTIONS: dict[str, tuple[MetricFamily, ...]] = {
         MEDIA_FAILURES,
         *(row.family for row in MEDIA_ROWS),
     ),
-    "Encoders apart": tuple(row.family for row in ENCODER_ROWS),
     "HTTP server": (HTTP_REQUESTS, HTTP_SECONDS, EVENT_LOOP_LAG),
     "Processes": (PROCESS_MEMORY,),
 }

@@ -220,10 +220,6 @@ class ServingMetrics(ServerMetrics):
             statistics.update((self._model_name, name), stats, up=up and is_up)
         statistics.keep([(self._model_name, name) for name in replicas], self._model_name)
 
-    def update_encoders(self, encoders: Mapping[str, object]) -> None:
-        """Set the statistics of replicas that encode media apart, by their label ``engine``."""
-        self._families.statistics.update_encoders(self._model_name, encoders)
-
     def _count_adapter(self, name: str) -> None:
         """Count a request of an adapter. Names beyond the limit share a series."""
         if name not in self._adapters:

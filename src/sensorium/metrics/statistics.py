@@ -19,7 +19,6 @@ from sensorium.metrics.families import (
     ACCEPTED_AT,
     CACHE_CONFIG,
     COMMON_LABELS,
-    ENCODER_ROWS,
     ENGINE_ROWS,
     ENGINE_UP,
     FAILURE,
@@ -103,14 +102,6 @@ class StatisticsCollector(Collector):
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._latest: dict[tuple[str, ...], tuple[Statistics | None, bool]] = {}
-        self._encoders: dict[str, Mapping[str, object]] = {}
-
-    def update_encoders(self, model_name: str, encoders: Mapping[str, object]) -> None:
-        """Set the statistics of replicas that encode media apart, by their label ``engine``.
-
-        They have the fields of ``ENCODER_ROWS``.
-        """
-        self._encoders[model_name] = encoders
 
     def update(self, labels: tuple[str, ...], stats: Statistics | None, *, up: bool) -> None:
         """Set the statistics of an engine; None before its first start.
@@ -134,16 +125,6 @@ class StatisticsCollector(Collector):
                 if known is not metric:
                     known.samples.extend(metric.samples)
         yield from merged.values()
-        if any(self._encoders.values()):
-            yield from self._of_encoders()
-
-    def _of_encoders(self) -> Iterator[Metric]:
-        for row in ENCODER_ROWS:
-            metric = _new(self._prefix, row.family)
-            for model_name, encoders in self._encoders.items():
-                for name, stats in encoders.items():
-                    metric.add_metric([model_name, name], getattr(stats, row.field))
-            yield metric
 
 
 class _EngineMetrics:
@@ -209,35 +190,34 @@ class _EngineMetrics:
         return metric
 
     def _cache_config(self, stats: Statistics) -> Metric:
-        metric = _new(self._prefix, CACHE_CONFIG)
+        metric = self._new(CACHE_CONFIG)
         values = (stats.block_size, stats.kv_blocks_total, stats.cache_dtype)
         metric.add_metric([*self._labels, *map(str, values), str(stats.enable_prefix_caching)], 1.0)
         return metric
 
     def _lora_info(self, stats: Statistics) -> Metric:
-        metric = _new(self._prefix, LORA_INFO)
+        metric = self._new(LORA_INFO)
         names = (stats.waiting_adapters, stats.running_adapters)
         values = [str(stats.max_loras), *map(",".join, names)]
         metric.add_metric([*self._labels, *values], time.time())
         return metric
 
     def _one(self, family: MetricFamily, value: float) -> Metric:
-        metric = _new(self._prefix, family)
+        metric = self._new(family)
         metric.add_metric(self._labels, value)
         return metric
 
     def _many(self, family: MetricFamily, values: Mapping[str, float]) -> Metric:
         """Return a family with one label of its own; ``values`` by that label."""
-        metric = _new(self._prefix, family)
+        metric = self._new(family)
         for label, value in values.items():
             metric.add_metric([*self._labels, label], value)
         return metric
 
-
-def _new(prefix: str, family: MetricFamily) -> GaugeMetricFamily | CounterMetricFamily:
-    new = GaugeMetricFamily if family.kind == "gauge" else CounterMetricFamily
-    labels = [*COMMON_LABELS, *family.labels]
-    return new(family.full_name(prefix), family.help, labels=labels)
+    def _new(self, family: MetricFamily) -> GaugeMetricFamily | CounterMetricFamily:
+        new = GaugeMetricFamily if family.kind == "gauge" else CounterMetricFamily
+        labels = [*COMMON_LABELS, *family.labels]
+        return new(family.full_name(self._prefix), family.help, labels=labels)
 
 
 def _modalities(stats: Statistics) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from sensorium.core.request import EngineRequest
 from sensorium.engine.serving.client import OutputQueue
-from sensorium.engine.stats import EncoderStats, EngineFacts, EngineStats
+from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.multimodal.items import MediaItem
 
 
@@ -65,10 +65,6 @@ class Engines(Protocol):
 
     async def replica_stats(self) -> dict[str, ReplicaStats]:
         """Return the counters of each replica by its name; nothing where there is one engine."""
-        ...
-
-    def encoder_stats(self) -> dict[str, EncoderStats]:
-        """Return the counters of each replica that encodes media apart, by its name."""
         ...
 
     async def load_adapter(self, name: str, path: str, folder: str) -> EngineFacts:

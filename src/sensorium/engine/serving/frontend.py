@@ -30,7 +30,7 @@ from sensorium.engine.serving.engines import EngineDoor, Engines, ReplicaStats
 from sensorium.engine.serving.process import EngineProcess
 from sensorium.engine.serving.stats_log import log_stats
 from sensorium.engine.serving.supervisor import EngineSupervisor
-from sensorium.engine.stats import EncoderStats, EngineStats
+from sensorium.engine.stats import EngineStats
 from sensorium.errors import EngineDeadError, SensoriumError
 from sensorium.multimodal.cache.features import NamedFeatures
 from sensorium.outputs import FinishReason, PoolingRequestOutput, RequestOutput
@@ -203,10 +203,6 @@ class Frontend:
             # Of this process, so only once.
             replica.stats.media = self.input_processor.media_stats()
         return found
-
-    def encoder_stats(self) -> dict[str, EncoderStats]:
-        """Return the counters of each replica that encodes media apart, by its name."""
-        return self._engine.encoder_stats()
 
     async def generate(
         self,

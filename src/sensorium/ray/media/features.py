@@ -23,8 +23,6 @@ from sensorium.ray.tasks import own_task
 
 _SHARED = b"shared"
 """Ends the key of features for which embeddings of another replica may stand."""
-_MADE = b"made"
-"""Ends the key of embeddings, which an encoder may have made of features with the same digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ class FeaturesOut:
         """Return references to the features of items; each is copied the first time only."""
         new = {id(i.features.arrays): i for i in items if id(i.features.arrays) not in self._known}
         if new:
-            made = await asyncio.to_thread(lambda: [put_features(item) for item in new.values()])
+            made = await asyncio.to_thread(lambda: [_put(item) for item in new.values()])
             for (key, item), reference in zip(new.items(), made, strict=True):
                 if key not in self._known:
                     self._known[key] = reference.arrays
@@ -94,7 +92,7 @@ class FeaturesIn:
     async def _item(self, reference: FeaturesRef, shareable: bool) -> MediaItem:
         item = reference.item
         shareable = shareable and not item.features.precomputed
-        key = item.digest + (_SHARED if shareable else _MADE if item.features.precomputed else b"")
+        key = item.digest + _SHARED if shareable else item.digest
 
         async def load() -> Features:
             # Others may wait for it, too, when the request that came first has gone.
@@ -115,8 +113,7 @@ class FeaturesIn:
         return dataclasses.replace(features, arrays=await reference.arrays)
 
 
-def put_features(item: MediaItem) -> FeaturesRef:
-    """Copy the features of an item into the object store, where they stay with the reference."""
+def _put(item: MediaItem) -> FeaturesRef:
     features = item.features
     arrays = {name: np.ascontiguousarray(features.arrays[name]) for name in features.arrays}
     return FeaturesRef(_bare(item), ray.put(arrays))

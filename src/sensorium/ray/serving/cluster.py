@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,27 +24,14 @@ NAMESPACE = "serve"
 class Need:
     """Needs of replicas: ``engines`` at least, each of ``ranks`` processes.
 
-    ``gpus``: of an engine. ``encoder_gpus``: of each of the replicas that encode media apart.
-    ``others_cpus``: CPUs of all processes that are neither, which may be on any machine.
+    ``gpus``: of an engine. ``others_cpus``: CPUs of all processes that are no engines, which may
+    be on any machine.
     """
 
     engines: int
     ranks: int = 1
     gpus: float = 0
     others_cpus: float = 0
-    encoders: int = 0
-    encoder_gpus: float = 0
-
-    @property
-    def all_gpus(self) -> float:
-        """GPUs of all of them."""
-        return self.engines * self.gpus + self.encoders * self.encoder_gpus
-
-    @property
-    def described(self) -> str:
-        """Kinds and numbers of replicas, for messages."""
-        encoders = f" and {self.encoders} of encoders" if self.encoders else ""
-        return f"{self.engines} replicas{encoders}"
 
 
 @contextlib.contextmanager
@@ -63,28 +49,21 @@ def connected(config: ServedConfig) -> Iterator[Resources]:
             has_gpus = any(node.get("GPU", 0) for node in nodes)
             yield divided(nodes, _need(config, has_gpus))
         return
-    most, encoders = most_replicas(config), config.server.encoder_replicas
+    most = most_replicas(config)
     usable = cores.find().num_usable
-    each = own_engine_cpus(usable, most, config.engine.parallel.tensor_parallel_size, encoders)
-    of_encoder = max(1, usable // (most + encoders))
-    num_cpus = each * most + of_encoder * encoders + config.server.api_server_count
+    each = own_engine_cpus(usable, most, config.engine.parallel.tensor_parallel_size)
+    num_cpus = each * most + config.server.api_server_count
     logger.info("starting Ray on this machine")
     with ray_cluster(num_cpus=num_cpus, namespace=NAMESPACE, show_logs=True):
         found = ray.cluster_resources().get("GPU", 0)
-        need = dataclasses.replace(_need(config, has_gpus=bool(found)), engines=most)
-        if need.all_gpus > found:
+        gpus = _need(config, has_gpus=bool(found)).gpus
+        if most * gpus > found:
             raise ConfigError(
-                f"This machine has {found:g} GPUs; {need.described} need {need.all_gpus:g}. Run "
-                "fewer replicas, or with --device cpu.",
+                f"This machine has {found:g} GPUs; {most} replicas of {gpus:g} each need "
+                f"{most * gpus:g}. Run fewer replicas, or with --device cpu.",
                 param="data_parallel_size",
             )
-        yield Resources(
-            engine_cpus=each,
-            engine_gpus=need.gpus,
-            encoder_cpus=of_encoder,
-            encoder_gpus=need.encoder_gpus,
-            per_node=most + encoders,
-        )
+        yield Resources(engine_cpus=each, engine_gpus=gpus, per_node=most)
 
 
 def most_replicas(config: ServedConfig) -> int:
@@ -93,8 +72,8 @@ def most_replicas(config: ServedConfig) -> int:
     return span[1] if span is not None else config.engine.parallel.data_parallel_size
 
 
-def own_engine_cpus(usable: int, engines: int, ranks: int, encoders: int = 0) -> int:
-    """Return the CPUs of each engine on this machine, of which engines and encoders may share some.
+def own_engine_cpus(usable: int, engines: int, ranks: int) -> int:
+    """Return the CPUs of each engine on this machine, of which engines may share some.
 
     Raises ConfigError where one engine has more ranks than the machine has processors.
     """
@@ -103,9 +82,9 @@ def own_engine_cpus(usable: int, engines: int, ranks: int, encoders: int = 0) ->
             f"{ranks} ranks need {ranks} processors; this machine has {usable}.",
             param="tensor_parallel_size",
         )
-    if (processes := engines * ranks + encoders) > usable:
-        logger.warning("%d processes of replicas share %d processors", processes, usable)
-    return max(ranks, usable // (engines + encoders))
+    if engines * ranks > usable:
+        logger.warning("%d replicas of %d ranks share %d processors", engines, ranks, usable)
+    return max(ranks, usable // engines)
 
 
 def divided(nodes: Sequence[Mapping[str, float]], need: Need) -> Resources:
@@ -118,52 +97,33 @@ def divided(nodes: Sequence[Mapping[str, float]], need: Need) -> Resources:
     able = [node for node in nodes if _holds(node, need)]
     if not able:
         raise _too_small(nodes, need)
+    spread = -(-need.engines // len(able))
     if need.gpus:
-        most = _most_by_gpus(able, need)
-        # Ray may fill a machine before it takes the next one, and encoders may be on each.
-        per_node = max(most) + bool(need.encoders)
-        sharing = [engines + bool(need.encoders) for engines in most]
+        most = [int(node["GPU"] // need.gpus) for node in able]
+        if sum(most) < need.engines:
+            raise ConfigError(
+                f"The Ray cluster has GPUs for {sum(most)} replicas of {need.gpus:g} GPUs each on "
+                f"a machine; {need.engines} are wanted.",
+                param="data_parallel_size",
+            )
+        # Ray may fill a machine before it takes the next one.
+        shares = [_share(node, engines, need) for node, engines in zip(able, most, strict=True)]
+        per_node = max(most)
     else:
-        per_node = -(-(need.engines + need.encoders) // len(able))
-        sharing = [per_node] * len(able)
-    gpus = sum(node.get("GPU", 0) for node in nodes)
-    if gpus < need.all_gpus:
-        raise ConfigError(
-            f"The Ray cluster has {gpus:g} GPUs, fewer than the {need.all_gpus:g} that "
-            f"{need.described} need; --encoder-gpus sets those of encoders.",
-            param="encoder_replicas",
-        )
-    part = min(_share(node, number, need) for node, number in zip(able, sharing, strict=True))
-    each, of_encoder = max(need.ranks, part), max(1, part)
+        shares = [_share(node, spread, need) for node in able]
+        per_node = spread
+    each = max(need.ranks, min(shares))
     places = sum(_places(node, each, need) for node in able)
     there = sum(node.get("CPU", 0) for node in nodes)
-    wanted = each * need.engines + of_encoder * need.encoders + need.others_cpus
-    if places < need.engines or there < wanted:
+    if places < need.engines or there < each * need.engines + need.others_cpus:
         raise ConfigError(
             f"The Ray cluster has {there:g} CPUs, of which machines that can hold a replica have "
-            f"{sum(node.get('CPU', 0) for node in able):g}; {need.described} with {each} CPUs for "
-            f"each engine and {need.others_cpus:g} CPUs for other processes need {wanted:g}.",
+            f"{sum(node.get('CPU', 0) for node in able):g}; {need.engines} replicas of {each} CPUs "
+            f"and {need.others_cpus:g} CPUs for other processes need "
+            f"{need.engines * each + need.others_cpus:g}.",
             param="data_parallel_size",
         )
-    return Resources(
-        engine_cpus=each,
-        engine_gpus=need.gpus,
-        encoder_cpus=of_encoder,
-        encoder_gpus=need.encoder_gpus,
-        per_node=per_node,
-    )
-
-
-def _most_by_gpus(able: Sequence[Mapping[str, float]], need: Need) -> list[int]:
-    """Return for each machine how many engines its GPUs suffice for. Raises ConfigError."""
-    most = [int(node["GPU"] // need.gpus) for node in able]
-    if sum(most) < need.engines:
-        raise ConfigError(
-            f"The Ray cluster has GPUs for {sum(most)} replicas of {need.gpus:g} GPUs each on "
-            f"a machine; {need.engines} are wanted.",
-            param="data_parallel_size",
-        )
-    return most
+    return Resources(engine_cpus=each, engine_gpus=need.gpus, per_node=per_node)
 
 
 def _holds(node: Mapping[str, float], need: Need) -> bool:
@@ -201,15 +161,11 @@ def _need(config: ServedConfig, has_gpus: bool) -> Need:
     """Return what the replicas need, with a GPU for each rank where the cluster has some."""
     span = config.server.replica_range
     ranks = config.engine.parallel.tensor_parallel_size
-    gpus = ranks if has_gpus and config.engine.model.device != "cpu" else 0
-    of_encoder = config.server.encoder_gpus
     return Need(
         engines=span[0] if span is not None else config.engine.parallel.data_parallel_size,
         ranks=ranks,
-        gpus=gpus,
+        gpus=ranks if has_gpus and config.engine.model.device != "cpu" else 0,
         others_cpus=config.server.api_server_count,
-        encoders=config.server.encoder_replicas,
-        encoder_gpus=min(1.0, gpus) if of_encoder is None else of_encoder,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -20,12 +21,12 @@ from sensorium.engine.serving.client import OutputQueue
 from sensorium.engine.serving.supervisor import EngineSupervisor
 from sensorium.engine.stats import EngineStats
 from sensorium.multimodal.items import MediaItem
+from sensorium.processes import cores
 from sensorium.ray.media.embeddings import shared_embeddings
 from sensorium.ray.media.features import FeaturesIn, FeaturesRef
 from sensorium.ray.serving.fleet import STATS_KEY, ReplicaReport
 from sensorium.ray.serving.messages import NOT_TAKEN, TAKEN, Clock, Ticket
 from sensorium.ray.serving.scaling import LOAD, load_of
-from sensorium.ray.start import start_failed, take_cores
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ LOST_SECONDS = 120.0
 attempt to bring it back has failed: one that loads gets the time it takes."""
 STATS_SECONDS = 1.0
 """Interval of reports, and most time that the engine gets to answer for one."""
+START_FAILED = "The engine could not start: "
+"""Begins the message of a replica that cannot start."""
 
 
 class Loss:
@@ -70,7 +73,7 @@ class Engine:
         environment.set_log_level(log_level)
         context = serve.get_replica_context()
         self._id: str = context.replica_id.unique_id
-        take_cores(context.rank.local_rank if context.rank is not None else 0, per_node)
+        _take_cores(context.rank.local_rank if context.rank is not None else 0, per_node)
         self._supervisor = EngineSupervisor(config)
         self._stats = EngineStats()
         self._num_reports = 0
@@ -80,7 +83,8 @@ class Engine:
             await self._supervisor.start()
         except errors.SensoriumError as error:
             await self._supervisor.stop()
-            raise start_failed(error) from None
+            # In place of a class that Ray would have to find again where it is raised.
+            raise RuntimeError(f"{START_FAILED}{error.message}") from None
         self._shared = await shared_embeddings(config, index, self._supervisor.facts)
         self._features = FeaturesIn(int(config.cache.mm_processor_cache_gb * GIB), self._shared)
         self._supervisor.watch(lambda _: None)
@@ -168,6 +172,15 @@ class Engine:
             self._supervisor.num_restarts,
             self._num_reports,
         )
+
+
+def _take_cores(place: int, per_node: int) -> None:
+    """Keep this thread, and processes that it starts, on one of ``per_node`` parts of the cores."""
+    if per_node < 2 or not hasattr(os, "sched_setaffinity"):
+        return
+    own = cores.find().rank_threads(place % per_node, per_node).cpus
+    if own:
+        os.sched_setaffinity(0, own)
 
 
 def _own(items: Sequence[MediaItem], wanted: Sequence[bytes]) -> list[MediaItem]:

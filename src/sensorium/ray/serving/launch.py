@@ -24,7 +24,7 @@ from sensorium.ray.logs import show_logs
 from sensorium.ray.serving.app import ENGINE, QUIET, Resources, application, check
 from sensorium.ray.serving.claims import Claims
 from sensorium.ray.serving.cluster import connected, missing, most_replicas
-from sensorium.ray.start import START_FAILED
+from sensorium.ray.serving.engine import START_FAILED
 from sensorium.server.adapters.checks import check_adapters
 from sensorium.server.launch import (
     StopSignals,
@@ -154,9 +154,7 @@ class ReplicasRun:
         """Deploy, and wait until all is up; False when a signal comes first."""
         self._start_serve()
         self.find_address()
-        num_encoders = self._model.server.encoder_replicas
-        and_encoders = f" and {num_encoders} replicas of encoders" if num_encoders else ""
-        logger.info("starting %d replicas%s", most_replicas(self._model), and_encoders)
+        logger.info("starting %d replicas", most_replicas(self._model))
         found = serve.status().applications.get(self._name)
         self._was_there = found is not None
         is_ending = self._claims.add(application_there=self._was_there)

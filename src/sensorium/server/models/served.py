@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sensorium.config import EngineConfig, ServedConfig
 from sensorium.engine.serving.client import STOPPING
-from sensorium.engine.stats import EncoderStats, EngineStats
+from sensorium.engine.stats import EngineStats
 from sensorium.errors import (
     NOT_LOADED,
     EngineDeadError,
@@ -274,10 +274,6 @@ class ServedModel:
     async def replica_stats(self) -> dict[str, ReplicaStats]:
         """Return the counters of each replica by its name; nothing where there is one engine."""
         return {} if self._context is None else await self._context.frontend.replica_stats()
-
-    def encoder_stats(self) -> dict[str, EncoderStats]:
-        """Return the counters of each replica that encodes media apart, by its name."""
-        return {} if self._context is None else self._context.frontend.encoder_stats()
 
     async def _load(self) -> ModelContext:
         began = self._clock()

@@ -48,7 +48,6 @@ def health_router() -> APIRouter:
             up = model.state == "ready" and not context.arrivals.draining
             if replicas := await model.replica_stats():
                 model.metrics.update_replicas(replicas, up=up)
-                model.metrics.update_encoders(model.encoder_stats())
             else:
                 model.metrics.update(stats, up=up)
         text = await asyncio.to_thread(context.metrics.render)

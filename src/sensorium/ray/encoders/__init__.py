@@ -1,1 +1,0 @@
-"""Encoders apart from engines: replicas with a model's towers alone, which encode media."""
