@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sensorium.errors import EngineDeadError
 from sensorium.models.loading import checkpoint
 from sensorium.models.loading.weight_files import identity_of_checkpoint
 from sensorium.multimodal.items import Features, MediaItem
+from sensorium.ray.media import embeddings
 from sensorium.ray.media import index as indexes
 from sensorium.ray.media.embeddings import SharedEmbeddings, space_of
 from sensorium.ray.media.index import IndexClient, SharedIndex, SharedRef
@@ -34,6 +36,7 @@ FACTS = EngineFacts(64, 4, 16, 64, "cpu", "bfloat16", 1, 0.0, embed_bytes=8)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the index answer late, as on a machine under load."""
     monkeypatch.setattr(indexes, "FIND_SECONDS", 60.0)
+    monkeypatch.setattr(embeddings, "DATA_SECONDS", 60.0)
 
 
 def item(digest: bytes, num_embeds: int = 4) -> MediaItem:
@@ -58,37 +61,45 @@ def reference(num_bytes: int, data: object = None) -> SharedRef:
     return SharedRef(data, num_bytes)  # type: ignore[arg-type]
 
 
-def test_the_index_keeps_to_its_budget() -> None:
+async def test_the_index_keeps_to_its_budget() -> None:
     index = SharedIndex(100)
     for name in (b"a", b"b", b"c"):
-        index.keep(name, reference(40))
-    assert index.find(b"a") is None
-    assert index.find(b"b") is not None
-    index.keep(b"d", reference(40))
-    assert index.find(b"c") is None, "b was asked for later"
-    assert index.stats() == (2, 80)
-    index.keep(b"b", reference(60))
-    assert index.stats() == (2, 100)
-    index.keep(b"too large", reference(101))
-    index.forget(b"unknown", reference(1))
-    assert index.stats() == (2, 100)
+        await index.keep(name, reference(40))
+    assert await index.find(b"a") is None
+    assert await index.find(b"b") is not None
+    await index.keep(b"d", reference(40))
+    assert await index.find(b"c") is None, "b was asked for later"
+    assert await index.stats() == (2, 80)
+    await index.keep(b"b", reference(60))
+    assert await index.stats() == (2, 100)
+    await index.keep(b"too large", reference(101))
+    await index.forget(b"unknown", reference(1))
+    assert await index.stats() == (2, 100)
 
 
-def test_the_index_keeps_so_many_however_small() -> None:
+async def test_the_index_keeps_so_many_however_small() -> None:
     index = SharedIndex(100, most_entries=2)
     for name in (b"a", b"b", b"c"):
-        index.keep(name, reference(0))
-    assert (index.stats(), index.find(b"a")) == ((2, 0), None)
+        await index.keep(name, reference(0))
+    assert (await index.stats(), await index.find(b"a")) == ((2, 0), None)
 
 
-def test_a_complaint_about_the_one_before_takes_nothing_away() -> None:
+async def test_a_complaint_about_the_one_before_takes_nothing_away() -> None:
     index = SharedIndex(100)
-    index.keep(b"a", reference(40, "old"))
-    index.keep(b"a", reference(40, "new"))
-    index.forget(b"a", reference(40, "old"))
-    assert index.find(b"a") == reference(40, "new")
-    index.forget(b"a", reference(40, "new"))
-    assert index.stats() == (0, 0)
+    await index.keep(b"a", reference(40, "old"))
+    await index.keep(b"a", reference(40, "new"))
+    await index.forget(b"a", reference(40, "old"))
+    assert await index.find(b"a") == reference(40, "new")
+    await index.forget(b"a", reference(40, "new"))
+    assert await index.stats() == (0, 0)
+
+
+async def emptied(index: Any) -> None:
+    """Wait until an index has given up all: nobody waits for that."""
+    end = time.monotonic() + 60
+    while await index.stats.remote() != (0, 0):
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -130,7 +141,7 @@ async def test_what_is_not_as_it_should_be_is_forgotten(index: Any, data: Any, d
     shared = SharedEmbeddings(index, b"model", FACTS)
     await index.keep.remote(b"model" + b"item", SharedRef(ray.put(data), 32, dtype))
     assert await shared.find(item(b"item")) is None
-    assert await index.stats.remote() == (0, 0)
+    await emptied(index)
     assert shared.num_found == 0
 
 
@@ -201,11 +212,70 @@ async def test_an_index_that_fails_is_left_alone_for_a_while() -> None:
     assert failing.asked == 1
 
 
+class LateIndex:
+    """An index that answers when it may; ``data`` is where the objects are."""
+
+    def __init__(self, data: asyncio.Future[None]) -> None:
+        self.asked = 0
+        self.may_answer = asyncio.Event()
+        self.find = self
+        self.forget = types.SimpleNamespace(remote=self._cannot)
+        self._data = data
+
+    async def remote(self, _: bytes) -> SharedRef:
+        self.asked += 1
+        await self.may_answer.wait()
+        return reference(1, asyncio.shield(self._data))
+
+    def _cannot(self, *_: object) -> None:
+        raise RayServeException("unavailable")
+
+
+def is_there(_: SharedRef, data: object) -> bool:
+    return data is None
+
+
+async def test_an_index_that_is_late_is_left_alone_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(indexes, "FIND_SECONDS", 0.01)
+    late = LateIndex(asyncio.get_running_loop().create_future())
+    client = IndexClient(late, "things", 60.0)
+    assert await client.find(b"a", is_there) is None
+    late.may_answer.set()
+    assert await client.find(b"b", is_there) is None
+    assert late.asked == 1
+
+
+async def test_an_object_that_is_late_keeps_no_other_from_being_found() -> None:
+    data: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    late = LateIndex(data)
+    late.may_answer.set()
+    assert await IndexClient(late, "things", 0.01).find(b"a", is_there) is None
+    client = IndexClient(late, "things", 60.0)
+    first = asyncio.create_task(client.find(b"a", is_there))
+    data.set_result(None)
+    assert await first is not None
+    assert await client.find(b"b", is_there) is not None
+    assert late.asked == 3
+
+
+async def test_objects_that_are_lost_are_forgotten_and_nothing_is_raised() -> None:
+    data: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    data.set_exception(RayServeException("its owner has died"))
+    late = LateIndex(data)
+    late.may_answer.set()
+    client = IndexClient(late, "things", 60.0)
+    assert await client.find(b"a", is_there) is None
+    assert await client.find(b"a", is_there) is None
+    assert late.asked == 2
+
+
 async def test_offers_that_fail_are_logged_once_and_made_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    client = IndexClient(FailingIndex(), "things")
+    client = IndexClient(FailingIndex(), "things", 60.0)
 
     async def made() -> SharedRef:
         return reference(1)
@@ -219,7 +289,7 @@ async def test_offers_that_fail_are_logged_once_and_made_again(
 
 async def test_offers_under_way_have_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexes, "MOST_OFFER_BYTES", 100)
-    client, asked, may_go_on = IndexClient(FailingIndex(), "things"), [], asyncio.Event()
+    client, asked, may_go_on = IndexClient(FailingIndex(), "things", 60.0), [], asyncio.Event()
 
     def offer(name: bytes, num_bytes: int) -> None:
         async def made() -> None:

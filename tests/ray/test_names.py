@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,15 @@ RED, BLUE = (np.full((4, 4, 3), shade, np.uint8) for shade in (9, 200))
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the directory answer late, as on a machine under load."""
     monkeypatch.setattr(indexes, "FIND_SECONDS", 60.0)
+    monkeypatch.setattr(names, "DATA_SECONDS", 60.0)
+
+
+async def emptied(index: Any) -> None:
+    """Wait until the directory has given up all: nobody waits for that."""
+    end = time.monotonic() + 60
+    while await index.stats.remote() != (0, 0):
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -154,7 +164,7 @@ async def test_what_is_no_features_is_forgotten(directory: Any, about: Any) -> N
     data = ray.put({"pixels": RED})
     await directory.keep.remote(b"a", SharedRef(data, 7, about))
     assert await here.find(b"a") is None
-    assert await directory.stats.remote() == (0, 0)
+    await emptied(directory)
 
 
 async def test_two_requests_for_an_id_ask_once() -> None:

@@ -140,6 +140,7 @@ def test_a_single_server_does_not_import_ray() -> None:
         ([{"CPU": 32, "GPU": 4}] * 2, Need(8, gpus=1, others_cpus=2), (7, 1, 4)),
         ([{"CPU": 32, "GPU": 8}], Need(2, 2, gpus=2, others_cpus=1), (7, 2, 4)),
         ([{"CPU": 64}, {"CPU": 9, "GPU": 1}], Need(1, gpus=1, others_cpus=1), (8, 1, 1)),
+        ([{"CPU": 64, "GPU": 8}, {"CPU": 9, "GPU": 1}], Need(2, gpus=1), (8, 1, 1)),
     ],
 )
 def test_a_cluster_is_divided_among_the_machines_that_can_hold_an_engine(
@@ -215,6 +216,29 @@ def test_the_same_options_have_one_version(tmp_path: Path) -> None:
     assert version("fresh", api_key=("a",)) != first
     weights.write_bytes(b"ab")
     assert version(api_key=("a",)) != first
+    second = version(api_key=("a",))
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "file").write_bytes(b"a")
+    assert version(api_key=("a",)) != second
+
+
+@pytest.mark.parametrize("name", ["chat_template", "lora_modules"])
+def test_files_beside_the_model_are_part_of_the_version(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_bytes(b"a")
+    options: dict[str, Any] = {"chat_template": str(tmp_path / "file")}
+    if name == "lora_modules":
+        options = {"enable_lora": True, "lora_modules": (f"a={tmp_path}",)}
+    config = engine_config(model="demo", **options)
+    first = version_of("", config)
+    assert version_of("", config) == first
+    (tmp_path / "file").write_bytes(b"ab")
+    assert version_of("", config) != first
+
+
+def test_a_model_of_the_hub_is_the_same_only_where_its_revision_is_a_commit() -> None:
+    moving, fixed = (engine_config(model="a/b", revision=r) for r in (None, "0123456789" * 4))
+    assert version_of("", moving) != version_of("", moving)
+    assert version_of("", fixed) == version_of("", fixed)
 
 
 class FakeRouting(EngineRouter):
@@ -323,7 +347,10 @@ def test_the_latest_start_ends_an_application(store: FakeStore) -> None:
     assert first.end()
     assert second.add(application_there=True), "it is being ended"
     first.clear()
-    assert first.remove()
+    assert not first.remove(), "the second one came meanwhile"
+    assert second.end()
+    second.clear()
+    assert second.remove()
     assert other.are_latest()
 
 

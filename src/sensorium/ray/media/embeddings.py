@@ -27,6 +27,9 @@ from sensorium.ray.media.index import IndexClient, SharedRef
 
 logger = logging.getLogger(__name__)
 
+DATA_SECONDS = 2.0
+"""Most time that an item waits for embeddings that another replica has: they can be made here."""
+
 
 class SharedEmbeddings:
     """The embeddings of a model as a replica shares them. Used on one event loop.
@@ -39,7 +42,7 @@ class SharedEmbeddings:
     """
 
     def __init__(self, index: Any, space: bytes, facts: EngineFacts) -> None:
-        self._client = IndexClient(index, "shared embeddings")
+        self._client = IndexClient(index, "shared embeddings", DATA_SECONDS)
         self._space = space
         self._dtype, self._embed_bytes = facts.dtype, facts.embed_bytes
 

@@ -8,6 +8,7 @@ goes on as if nothing had been found.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -17,19 +18,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError
 
 from sensorium.ray.tasks import own_task
 
 logger = logging.getLogger(__name__)
 
 FIND_SECONDS = 0.5
-"""Most time that a request waits for what other processes have."""
+"""Most time that a request waits for the index."""
 BACK_OFF_SECONDS = 5.0
-"""Time for which a process does not ask after the index failed or was late."""
+"""Time for which a process does not ask after the index failed or was late; a late object has no
+effect on what is asked next."""
 MOST_ENTRIES = 1 << 16
 """References that an index keeps, however small their objects are."""
-MOST_OFFERS, MOST_OFFER_BYTES = 32, 256 << 20
+MOST_OFFERS, MOST_OFFER_BYTES = 256, 256 << 20
 """Offers that a process makes at a time, and their bytes; further ones are dropped."""
 MOST_OFFERED = 1 << 14
 """Keys that a process remembers to have offered."""
@@ -47,7 +48,9 @@ class SharedRef:
 class SharedIndex:
     """Deployment that knows which objects there are. ``most_bytes``: of all of them together.
 
-    Those that were asked for longest ago go first. Ray frees what it refers to no more.
+    Those that were asked for longest ago go first. Ray frees what it refers to no more. The methods
+    are coroutines so that they run one at a time on one loop: others get a thread each from Ray
+    Serve.
     """
 
     def __init__(self, most_bytes: int, most_entries: int = MOST_ENTRIES) -> None:
@@ -55,14 +58,14 @@ class SharedIndex:
         self._known: OrderedDict[bytes, SharedRef] = OrderedDict()
         self._num_bytes = 0
 
-    def find(self, key: bytes) -> SharedRef | None:
+    async def find(self, key: bytes) -> SharedRef | None:
         """Return the reference under a key, None where there is none."""
         found = self._known.get(key)
         if found is not None:
             self._known.move_to_end(key)
         return found
 
-    def keep(self, key: bytes, reference: SharedRef) -> None:
+    async def keep(self, key: bytes, reference: SharedRef) -> None:
         """Keep a reference in place of the one before, and give up others where it is too much."""
         self._drop(key)
         if reference.num_bytes > self._most_bytes:
@@ -72,13 +75,13 @@ class SharedIndex:
         while self._num_bytes > self._most_bytes or len(self._known) > self._most_entries:
             self._drop(next(iter(self._known)))
 
-    def forget(self, key: bytes, reference: SharedRef) -> None:
+    async def forget(self, key: bytes, reference: SharedRef) -> None:
         """Give up an object that cannot be used; one that was kept in its place since stays."""
         found = self._known.get(key)
         if found is not None and found.data == reference.data:
             self._drop(key)
 
-    def stats(self) -> tuple[int, int]:
+    async def stats(self) -> tuple[int, int]:
         """Return the number of objects and their bytes."""
         return len(self._known), self._num_bytes
 
@@ -94,13 +97,17 @@ class IndexClient:
     Args:
         index: Handle of the deployment.
         what: Name of the objects in the log.
+        data_seconds: Most time that a request waits for an object that the index knows.
         again_seconds: Time after which an object may be offered again, as the process that put it
             into the store, or the index, may have gone; never by default.
     """
 
-    def __init__(self, index: Any, what: str, again_seconds: float = math.inf) -> None:
+    def __init__(
+        self, index: Any, what: str, data_seconds: float, again_seconds: float = math.inf
+    ) -> None:
         self._index = index
         self._what = what
+        self._data_seconds = data_seconds
         self._offers: dict[bytes, asyncio.Task[None]] = {}
         self._offer_bytes = 0
         self._again_seconds = again_seconds
@@ -115,8 +122,8 @@ class IndexClient:
     ) -> tuple[SharedRef, Any] | None:
         """Return a reference and its object; None where there is none, or it is late.
 
-        What is not sound is given up. After a failure or a delay the answer is None at once for
-        ``BACK_OFF_SECONDS``.
+        What is not sound is given up. After a failure or a delay of the index the answer is None at
+        once for ``BACK_OFF_SECONDS``.
         """
         if time.monotonic() < self._silent_until:
             return None
@@ -128,34 +135,36 @@ class IndexClient:
     async def _find(
         self, key: bytes, is_sound: Callable[[SharedRef, Any], bool]
     ) -> tuple[SharedRef, Any] | None:
-        found: SharedRef | None = None
         try:
             async with asyncio.timeout(FIND_SECONDS):
-                found = await self._index.find.remote(key)
-                if found is None:
-                    self._offered.pop(key, None)  # it may be offered again
-                    return None
-                data = await found.data
-            if is_sound(found, data):
-                return found, data
-            logger.warning("%s: what was kept is not what it should be", self._what)
-            self._forget(key, found)
-            return None
-        except ObjectLostError:
-            # The process that had put it there has gone.
-            if found is not None:
-                self._forget(key, found)
-            return None
+                found: SharedRef | None = await self._index.find.remote(key)
         except Exception as error:  # Ray Serve's are no RayError; the process can do without.
             if time.monotonic() >= self._silent_until:
                 logger.info("%s cannot be had: %s", self._what, type(error).__name__)
             self._silent_until = time.monotonic() + BACK_OFF_SECONDS
             return None
+        if found is None:
+            self._offered.pop(key, None)  # it may be offered again
+            return None
+        try:
+            async with asyncio.timeout(self._data_seconds):
+                data = await found.data
+        except TimeoutError:
+            return None  # on its way from another machine, or from the disk
+        except Exception:  # The process that had put it there has gone, most likely.
+            self._forget(key, found)
+            return None
+        if is_sound(found, data):
+            return found, data
+        logger.warning("%s: what was kept is not what it should be", self._what)
+        self._forget(key, found)
+        return None
 
     def _forget(self, key: bytes, reference: SharedRef) -> None:
-        """Have the index give up an object; nobody waits for it."""
+        """Have the index give up an object; nobody waits for it, and nothing is raised."""
         self._offered.pop(key, None)
-        self._index.forget.remote(key, reference)
+        with contextlib.suppress(Exception):
+            self._index.forget.remote(key, reference)
 
     def offer(
         self,

@@ -20,6 +20,8 @@ from sensorium.ray.media.index import IndexClient, SharedIndex, SharedRef
 
 STORE_SHARE = 0.25
 """Share of the object store that features under ids may take."""
+DATA_SECONDS = 10.0
+"""Most time that a request waits for features that the directory knows: without them it fails."""
 AGAIN_SECONDS = 10.0
 """Interval at which a process offers an item that is asked for: another may have died with it."""
 
@@ -39,7 +41,7 @@ class NamesElsewhere:
     """
 
     def __init__(self, index: Any, features: FeaturesOut) -> None:
-        self._client = IndexClient(index, "media of other processes", AGAIN_SECONDS)
+        self._client = IndexClient(index, "media of other processes", DATA_SECONDS, AGAIN_SECONDS)
         self._features = features
 
     async def find(self, digest: bytes) -> Features | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import secrets
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from sensorium.config import (
     engine_option_names,
 )
 from sensorium.errors import ConfigError
+from sensorium.models.loading.checkpoint import DEMOS
 from sensorium.ray.media.index import SharedIndex
 from sensorium.ray.media.names import NamesIndex
 from sensorium.ray.serving.engine import STATS_SECONDS, Engine
@@ -37,6 +41,7 @@ DRAIN_SPARE = 10.0
 LOOK_BACK_SECONDS = 15.0
 UP_SECONDS, DOWN_SECONDS = 5.0, 120.0
 """Time over which loads are averaged, and for which more or fewer replicas must be wanted."""
+_COMMIT = re.compile("[0-9a-f]{40}")
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """For Ray Serve's own log: ours has each request already."""
 STARTS = 3
@@ -114,23 +119,55 @@ def _versioned(deployment: Deployment, fresh: str, *options: object) -> Deployme
 def version_of(fresh: str, *options: object) -> str:
     """Return a text that is the same while nothing has changed of what replicas are made of.
 
-    ``options``: all of that but handles of other deployments. Files of the model count with their
-    sizes and times, where this machine has them.
+    ``options``: all of that but handles of other deployments. Files that they name, and those of
+    Sensorium itself, count with their sizes and times, where this machine has them.
     """
-    digest = blake3(repr((__version__, fresh, *map(_plain, options))).encode())
+    own = (
+        __version__,
+        *map(metadata.version, ("torch", "ray")),
+        _files(Path(__file__).parents[2], "*.py"),
+    )
+    digest = blake3(repr((own, fresh, *map(_plain, options))).encode())
     return digest.hexdigest(length=16)
 
 
 def _plain(option: object) -> object:
     """Return options as values whose text is the same in each process."""
     if isinstance(option, EngineConfig):
-        folder = Path(option.model.model)
-        found = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in found if f.is_file()]
-        return dataclasses.asdict(option), files
+        return dataclasses.asdict(option), _named_files(option)
     if isinstance(option, ServedConfig):
         return _plain(option.engine), dataclasses.asdict(option.server)
     return option
+
+
+def _named_files(config: EngineConfig) -> list[object]:
+    """Return what is known here of the files that a model is made of.
+
+    A model of the hub may have become another one unless its revision is a commit.
+    """
+    model = config.model
+    named = [
+        model.model,
+        model.mmproj,
+        model.chat_template,
+        *(m.path for m in config.lora.modules()),
+    ]
+    found: list[object] = [_files(Path(name)) for name in named if name]
+    if not found[0] and model.model not in DEMOS:
+        found.append(
+            model.revision if _COMMIT.fullmatch(model.revision or "") else secrets.token_hex(8)
+        )
+    return found
+
+
+def _files(place: Path, pattern: str = "*") -> list[tuple[str, int, int]]:
+    """Return names, sizes and times of change of a file, or of all files below a folder."""
+    try:
+        paths = sorted(place.rglob(pattern)) if place.is_dir() else [place]
+        states = [(str(path), path.stat()) for path in paths if path.is_file()]
+    except OSError:  # such as the text of a template, which is too long for a name
+        return []
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
 def _lives(server: ServerConfig) -> dict[str, Any]:

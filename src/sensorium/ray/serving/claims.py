@@ -59,9 +59,13 @@ class Claims:
         return False
 
     def clear(self) -> None:
-        """Forget all starts: the application is ended."""
-        for key in (*self._entries(), self._ending.encode()):
+        """Forget the own start and those before it: the application is ended."""
+        entries = self._entries()
+        own = self._own.encode()
+        last = (entries.get(own, 0.0), own)
+        for key in (own, *(key for key, begun in entries.items() if (begun, key) < last)):
             internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
+        internal_kv._internal_kv_del(self._ending, namespace=_NAMESPACE)
 
     def _entries(self) -> dict[bytes, float]:
         """Return when each start came, by its key, in seconds since the epoch."""

@@ -108,7 +108,8 @@ def divided(nodes: Sequence[Mapping[str, float]], need: Need) -> Resources:
             )
         # Ray may fill a machine before it takes the next one.
         shares = [_share(node, engines, need) for node, engines in zip(able, most, strict=True)]
-        per_node = max(most)
+        # Of unequal machines each engine takes the cores that it finds, as no number fits them all.
+        per_node = most[0] if len(set(most)) == 1 else 1
     else:
         shares = [_share(node, spread, need) for node in able]
         per_node = spread
