@@ -181,7 +181,7 @@ def test_strange_answers_do_not_break_a_table(tmp_path: Path) -> None:
             outcome = answered(line, Reply(200, "r", body))
             assert outcome.succeeded
             file.write(outcome.text)
-        for body in (b"<html>", b'["a"]', b"7", b"", b"\xff", b'{"a":' * 5000):
+        for body in (b"<html>", b'["a"]', b"7", b"", b"\xff", b'{"a":' * 5000, b'{"a":"\xff"}'):
             outcome = answered(line, Reply(200, "r", body))
             assert not outcome.succeeded
             assert json.loads(outcome.text)["error"]["code"] == "bad_answer"
@@ -204,6 +204,8 @@ def test_messages_have_no_secrets() -> None:
             lines(url)
         assert "hunter2" not in str(found.value)
         assert "in." in str(found.value)
+    assert "hunter2" not in without_secrets("s3://me:hun/ter#hunter2@bucket/in.jsonl")
+    assert "hunter2" not in without_secrets("http://a/b/?sig=hunter2")
     text = "GET https://me:hunter2@host/a?sig=hunter2 failed: sig=hunter2 at host"
     shown = without_secrets(text, "https://me:hunter2@host/a?sig=hunter2")
     assert shown == "GET https://***@host/a?*** failed: sig=*** at host"

@@ -85,6 +85,25 @@ async def test_the_killer_fails_and_the_others_are_answered() -> None:
     assert engine.num_calls < 100
 
 
+async def test_a_killer_of_one_batch_harms_no_line_of_another() -> None:
+    """Suspects of all batches of a server run one at a time."""
+    engine, gate = Engine(), Gate()
+    found: dict[str, bool] = {}
+
+    async def write(outcome: Outcome) -> None:
+        found[json.loads(outcome.text)["custom_id"]] = outcome.succeeded
+
+    async def run(name: str, bodies: list[bytes]) -> None:
+        lines = (Line(n, f"{name} {n}", "/v1/completions", b) for n, b in enumerate(bodies))
+        await LineRunner(engine, 4, patience=600, gate=gate).run(lines, write)
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        group.create_task(run("a", [b'{"killer": 1}', b'{"killer": 2}']))
+        group.create_task(run("b", [b'{"n": %d}' % n for n in range(6)]))
+    assert {name for name, succeeded in found.items() if not succeeded} == {"a 0", "a 1"}
+    assert len(found) == 8
+
+
 async def test_a_line_that_runs_the_second_time_is_answered() -> None:
     engine = Engine(most_deaths=2)
     found = await outcomes(engine, [b"{}", b'{"killer": 1}'])

@@ -148,3 +148,19 @@ def test_ids_of_outputs() -> None:
     assert number_of(output_id(17)) == 17
     for wrong in (None, 7, "", "batch_req_", "batch_req_x", "batch_req_" + "9" * 30, "batch_req_²"):
         assert number_of(wrong) is None
+
+
+def test_clients_cannot_say_why_a_line_is_refused() -> None:
+    why = {"code": "x" * 10, "message": "y" * 1000}
+    members = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}}
+    raw = json.dumps({**members, "refused": why}).encode()
+    assert isinstance(parse_line(raw, 1, "/v1/completions"), Line)
+    refused = parse_line(raw, 1)
+    assert isinstance(refused, BadLine)
+    assert refused.code == why["code"]
+    assert isinstance(parse_line(json.dumps({**members, "refused": True}).encode(), 1), Line)
+
+
+def test_long_urls_are_looked_at_in_part() -> None:
+    raw = json.dumps({"custom_id": "a", "method": "POST", "url": "://" * 1_000_000, "body": {}})
+    assert isinstance(parse_line(raw.encode(), 1), BadLine)  # minutes, were it quadratic

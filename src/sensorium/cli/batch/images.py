@@ -17,6 +17,7 @@ from typing import Any
 from sensorium.cli.batch.tables import CHAT, conversation, data_url, line
 from sensorium.errors import ConfigError, MediaRefusedError, MediaTooLargeError, RequestError
 from sensorium.server.batches.lines import Refusal
+from sensorium.server.batches.urls import without_secrets
 
 IMAGES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic"}
@@ -50,9 +51,11 @@ class Folder:
         found = self.system.find(self.place)
         paths = sorted(path for path in found if Path(path).suffix.lower() in IMAGES)
         if not paths:
-            raise ConfigError(f"There is no image below {self.place!r}.")
+            raise ConfigError(f"There is no image below {without_secrets(self.place)!r}.")
         for path in paths:
             name = path.removeprefix(self.place.rstrip("/")).lstrip("/")
+            # Names of files are bytes; those that are no text have no other form in JSON.
+            name = os.fsencode(name).decode(errors="backslashreplace")
             try:
                 version = self._version(path) if self.is_local else None
                 url = self._inlined(path) if self.inline else Path(path).as_uri()

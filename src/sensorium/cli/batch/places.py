@@ -239,6 +239,6 @@ def _usable(name: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise ConfigError(f"{shown(name)!r} cannot be opened: {error}.") from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each file system has errors of its own
         what = without_secrets(str(error), name)[:300]
         raise ConfigError(f"{shown(name)!r} cannot be opened: {what}.") from None

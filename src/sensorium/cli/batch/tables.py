@@ -163,7 +163,7 @@ def line(
     made = {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
     more = {"version": version, "refused": refused}
     made |= {name: value for name, value in more.items() if value is not None}
-    return msgspec.json.encode(made) + b"\n"
+    return msgspec.json.encode(made, enc_hook=str) + b"\n"
 
 
 class _Response(msgspec.Struct):
@@ -217,6 +217,8 @@ def _embedding(body: Mapping[str, Any]) -> list[float] | None:
     """Return the first embedding, if it came as numbers."""
     for entry in map(_members, _entries(body.get("data"))):
         found = entry.get("embedding")
+        if not isinstance(found, list):
+            return None
         vector = _entries(found)
         return [float(value) for value in vector] if all(map(_is_number, vector)) else None
     return None

@@ -321,12 +321,12 @@ def through_stages(
     threads = os.environ.get(_THREADS)
     # Where its machine is lost, it starts again and has forgotten all, which does no harm.
     counter = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts)
-    attempts = counter.remote()
     for stage, make, pool in (
         (Preparation, prepare, preparing),
         (Answering, answer, answering),
     ):
-        rows = _mapped(rows, stage, (make, attempts, threads, pool.most), pool)
+        # One for each stage: the first may go on with a batch of which the second has rows already.
+        rows = _mapped(rows, stage, (make, counter.remote(), threads, pool.most), pool)
     return rows
 
 

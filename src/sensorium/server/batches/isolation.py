@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import msgspec
+from blake3 import blake3
 
 from sensorium.errors import ENDED, UnavailableError
 from sensorium.server.batches.calls import Caller, Reply
@@ -91,6 +92,8 @@ class Isolation:
 
     def __init__(self) -> None:
         self._gate = Gate()
+        self._is_away = False
+        """Whether a suspect has waited for the engine in vain: the next ones ask it once."""
 
     async def run(self, attempt: Callable[[], Awaitable[_Result]]) -> _Result:
         """Return what an attempt gives, which raises EngineEndedError when its engine ended.
@@ -106,11 +109,12 @@ class Isolation:
         async with self._gate.alone():
             for number in range(MOST_ALONE):
                 try:
-                    result = await patiently(attempt)
+                    result = await patiently(attempt, 0.0 if self._is_away else PATIENCE)
                 except EngineEndedError:
                     if number == MOST_ALONE - 1:
                         raise
                     continue
+                self._is_away = result is None
                 if result is None:
                     raise UnavailableError("The engine was away for too long.")
                 return result
@@ -118,25 +122,42 @@ class Isolation:
 
 
 class IsolatingCaller:
-    """``Caller`` whose requests that end an engine get an error of their own, which is final."""
+    """``Caller`` whose requests that end an engine get an error of their own, which is final.
 
-    def __init__(self, caller: Caller) -> None:
+    A suspect that is refused for now, or ends its engine, is refused with 503 until it is called
+    again: who calls decides how long that goes on. ``gate``: shared by callers of one engine, whose
+    requests run beside each other.
+    """
+
+    def __init__(self, caller: Caller, gate: Gate | None = None) -> None:
         self._caller = caller
-        self._isolation = Isolation()
+        self._gate = gate or Gate()
+        self._suspects: dict[bytes, int] = {}
+        """Times that each suspect has ended its engine alone, by the digest of the request."""
 
     async def call(self, url: str, body: bytes) -> Reply:
         """See ``Caller.call``."""
-
-        async def attempt() -> Reply:
-            reply = await self._caller.call(url, body)
-            if reply.status == _UNAVAILABLE and ENDED.encode() in reply.body:
-                raise EngineEndedError
+        key = blake3(url.encode() + b"\0" + body).digest()
+        if key not in self._suspects:
+            async with self._gate.beside():
+                reply = await self._caller.call(url, body)
+            if _has_ended(reply):
+                self._suspects[key] = 0
             return reply
+        async with self._gate.alone():
+            reply = await self._caller.call(url, body)
+        if _has_ended(reply):
+            self._suspects[key] = self._suspects.get(key, 0) + 1
+            if self._suspects[key] < MOST_ALONE:
+                return reply
+            reply = error_reply(KILLER, KILLER_MESSAGE)
+        if reply.status not in LATER:
+            self._suspects.pop(key, None)
+        return reply
 
-        try:
-            return await self._isolation.run(attempt)
-        except EngineEndedError:
-            return error_reply(KILLER, KILLER_MESSAGE)
+
+def _has_ended(reply: Reply) -> bool:
+    return reply.status == _UNAVAILABLE and ENDED.encode() in reply.body
 
 
 def error_reply(code: str, message: str) -> Reply:

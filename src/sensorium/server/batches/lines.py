@@ -22,6 +22,8 @@ import numpy as np
 from sensorium.server.batches.urls import without_secrets
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+_MOST_SHOWN = 200
+"""Characters of a wrong URL that are looked at for its message."""
 MOST_ID_CHARS = 512
 BLANK_FACTOR = 4
 """Times as many lines as allowed that an input may have with its blank ones."""
@@ -84,7 +86,7 @@ class _Request(_Head):
     method: Any = None
     url: Any = None
     body: msgspec.Raw = msgspec.Raw(b"")
-    refused: Refusal | None = None
+    refused: Any = None
 
 
 class _Body(msgspec.Struct):
@@ -215,6 +217,16 @@ def read_lines(
         yield line
 
 
+def _refusal(given: Any) -> Refusal | None:
+    """Return why an input's reader has refused a row, None for a member of another's making."""
+    if not isinstance(given, dict):
+        return None
+    try:
+        return msgspec.convert(given, Refusal)
+    except msgspec.ValidationError:
+        return None
+
+
 def parse_line(raw: bytes, number: int, wanted_url: str | None = None) -> Line | BadLine:
     """Return the request in a line, or what is wrong with it."""
 
@@ -232,16 +244,17 @@ def parse_line(raw: bytes, number: int, wanted_url: str | None = None) -> Line |
         what = f"needs a custom_id, a string of 1 to {MOST_ID_CHARS} characters"
         return bad("missing_required_parameter", what, "custom_id")
     custom_id = given
-    if request.refused is not None:
-        why = request.refused
+    # Lines that an endpoint is named for come from clients, whose word does not count.
+    why = None if wanted_url is not None else _refusal(request.refused)
+    if why is not None:
         return BadLine(number, custom_id, why.code, why.message, why.param, digest)
     if request.method != "POST":
         return bad(
             "invalid_method", f"needs the method 'POST', got {request.method!r:.80}", "method"
         )
     url = request.url
-    shown = without_secrets(url) if isinstance(url, str) else url
     if url not in URLS:
+        shown = without_secrets(url[:_MOST_SHOWN]) if isinstance(url, str) else url
         return bad("invalid_url", f"needs a url of {', '.join(URLS)}, got {shown!r:.80}", "url")
     if wanted_url is not None and url != wanted_url:
         return bad(

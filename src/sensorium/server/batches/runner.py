@@ -21,6 +21,7 @@ from sensorium.server.batches.isolation import (
     FIRST_WAIT,
     LATER,
     LONGEST_WAIT,
+    Gate,
     IsolatingCaller,
 )
 from sensorium.server.batches.lines import BadLine, Line, output_id
@@ -106,6 +107,7 @@ class LineRunner:
         num_at_once: Lines that run at the same time.
         patience: Seconds for which a line is tried again while the server answers no other either.
         slots: Places for lines, to share a limit with other batches.
+        gate: Shared by batches of one server, so that a suspect runs apart from all their lines.
         clock: Returns the time in seconds.
     """
 
@@ -116,9 +118,10 @@ class LineRunner:
         *,
         patience: float,
         slots: Slots | None = None,
+        gate: Gate | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._caller = IsolatingCaller(caller)
+        self._caller = IsolatingCaller(caller, gate)
         self._num_at_once = num_at_once
         self._patience = patience
         self._slots = slots or Slots(num_at_once)
@@ -423,6 +426,7 @@ def _body(raw: bytes) -> Any:
         if b"\n" in raw or b"\r" in raw:
             return msgspec.json.decode(raw)
         msgspec.json.decode(raw, type=msgspec.Raw)
+        raw.decode()
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None
     return msgspec.Raw(raw)

@@ -24,6 +24,7 @@ from sensorium.errors import (
     counted,
 )
 from sensorium.server.batches.calls import Caller
+from sensorium.server.batches.isolation import Gate
 from sensorium.server.batches.lines import (
     BLANK_FACTOR,
     BadLine,
@@ -143,6 +144,7 @@ class BatchStore:
         self._num_at_once = num_at_once
         self._clock = clock
         self._slots = Slots(num_at_once)
+        self._gate = Gate()
         # Long inputs take a while, and what else needs threads does not wait for them.
         self._checking = ThreadPoolExecutor(_CHECKED_AT_ONCE, "sensorium-batches")
         self._batches: dict[str, Batch] = {}
@@ -333,6 +335,7 @@ class BatchStore:
             min(self._num_at_once, found.num_lines),
             patience=math.inf,  # the window ends the batch
             slots=self._slots,
+            gate=self._gate,
         )
         lines = read_lines(file, found, self._config.max_body_bytes, batch.endpoint)
         ended: Status = "completed"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 HIDDEN = "***"
-_USER = re.compile(r"(?<=://)[^\s/'\"<>?#]+@")
-_QUERY = re.compile(r"(://[^\s?'\"<>]*\?)[^\s'\"<>)]+")
+_USER = re.compile(r"(?<=://)[^\s'\"<>]{1,1000}@")
+_QUERY = re.compile(r"(://[^\s?'\"<>]{0,1000}\?)[^\s'\"<>)]+")
 _LEAST_SECRET = 4
 """Characters of the shortest password that is looked for outside of URLs."""
 
@@ -27,7 +27,7 @@ def without_secrets(text: str, *urls: str) -> str:
 def _secrets_of(url: str) -> list[str]:
     try:
         parts = urlsplit(url.rpartition("::")[2])
-        found = [parts.password, parts.query]
+        found = [parts.password, unquote(parts.password or ""), parts.query]
     except ValueError:  # no URL after all
         return []
     return [secret for secret in found if secret and len(secret) >= _LEAST_SECRET]
