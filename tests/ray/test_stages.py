@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from sensorium.engine.prompts.types import PreparedPrompt
 from sensorium.errors import ConfigError
@@ -18,10 +19,12 @@ from sensorium.ray.data.room import Room
 from sensorium.ray.data.stages import (
     Answering,
     Attempts,
+    Pool,
     Preparation,
     Row,
     rows_of,
     table_of,
+    through_stages,
 )
 
 
@@ -193,3 +196,25 @@ async def test_rows_that_are_cancelled_or_fail_leave_their_room() -> None:
     await asyncio.gather(running, waiting, return_exceptions=True)
     async with room.entered():
         assert room.num_bytes == 0
+
+
+def test_each_stage_counts_attempts_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second gets rows of a batch that the first has not ended; they are not suspect."""
+    given: list[Attempts] = []
+    actor = type("Actor", (), {"remote": staticmethod(Attempts)})
+    real = ray.remote
+
+    def remote(*kinds: Any, **options: Any) -> Any:
+        return real(*kinds, **options) if kinds else lambda kind: actor
+
+    monkeypatch.setattr(ray, "remote", remote)
+
+    class Rows:
+        def map_batches(self, kind: type, *, fn_constructor_args: Any, **_: Any) -> Rows:
+            given.append(fn_constructor_args[1])
+            return self
+
+    pool = Pool(1, 1, rows=8, num_cpus=0)
+    through_stages(Rows(), Stage, Stage, pool, pool)  # type: ignore[arg-type]
+    prepared, answered = given
+    assert prepared.begin(["a"]) == answered.begin(["a"]) == [1]

@@ -194,6 +194,41 @@ def test_strange_answers_do_not_break_a_table(tmp_path: Path) -> None:
         assert (row["line"], row["status_code"]) == (1, 200)
 
 
+def test_values_that_json_does_not_have(tmp_path: Path) -> None:
+    name = str(tmp_path / "in.parquet")
+    times = pyarrow.array([1, 2], pyarrow.duration("ns"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "at": times}), name)
+    assert len(parsed(name, Wishes())) == 2
+
+
+def test_an_embedding_in_base64_is_no_empty_vector(tmp_path: Path) -> None:
+    name = str(tmp_path / "out.parquet")
+    body = {"data": [{"embedding": "AAAA"}]}
+    entry = {"id": "a-1", "custom_id": "a", "response": {"status_code": 200, "body": body}}
+    with local_output(name, overwrite=False) as path:
+        path.write_text(json.dumps(entry) + "\n")
+    assert pyarrow.parquet.read_table(name).to_pylist()[0]["embedding"] is None
+
+
+def test_messages_about_folders_have_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "http://user:SECRETPW@host/folder/?sig=TOKEN123"
+    system = type("System", (), {"isdir": lambda *_: True, "find": lambda *_: []})()
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda name: (system, name))
+    with pytest.raises(ConfigError, match="no image below") as caught:
+        lines(url, Wishes("What?"))
+    assert "SECRETPW" not in str(caught.value)
+    assert "TOKEN123" not in str(caught.value)
+
+    def refuse(*_: Any) -> bool:
+        raise LookupError(f"403, {url}")
+
+    system.isdir = refuse
+    with pytest.raises(ConfigError, match="cannot be opened") as caught:
+        lines(url, Wishes("What?"))
+    assert "SECRETPW" not in str(caught.value)
+    assert "TOKEN123" not in str(caught.value)
+
+
 def test_messages_have_no_secrets() -> None:
     urls = (
         "memory://user:hunter2@bucket/in.jsonl?X-Signature=hunter2",
