@@ -93,7 +93,7 @@ class Isolation:
     def __init__(self) -> None:
         self._gate = Gate()
         self._is_away = False
-        """Whether a suspect has waited for the engine in vain: the next ones ask it once."""
+        """True once a suspect has waited for the engine in vain: the next ones ask it once."""
 
     async def run(self, attempt: Callable[[], Awaitable[_Result]]) -> _Result:
         """Return what an attempt gives, which raises EngineEndedError when its engine ended.
