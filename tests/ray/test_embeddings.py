@@ -27,6 +27,7 @@ from sensorium.ray.media import embeddings
 from sensorium.ray.media import index as indexes
 from sensorium.ray.media.embeddings import SharedEmbeddings, space_of
 from sensorium.ray.media.index import IndexClient, SharedIndex, SharedRef
+from tests.ray.indexes import emptied
 
 BITS = np.arange(32, dtype=np.uint8).reshape(4, 8)
 FACTS = EngineFacts(64, 4, 16, 64, "cpu", "bfloat16", 1, 0.0, embed_bytes=8)
@@ -92,14 +93,6 @@ async def test_a_complaint_about_the_one_before_takes_nothing_away() -> None:
     assert await index.find(b"a") == reference(40, "new")
     await index.forget(b"a", reference(40, "new"))
     assert await index.stats() == (0, 0)
-
-
-async def emptied(index: Any) -> None:
-    """Wait until an index has given up all: nobody waits for that."""
-    end = time.monotonic() + 60
-    while await index.stats.remote() != (0, 0):
-        assert time.monotonic() < end
-        await asyncio.sleep(0.01)
 
 
 @pytest.fixture

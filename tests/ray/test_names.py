@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +22,7 @@ from sensorium.ray.media.features import FeaturesOut
 from sensorium.ray.media.index import SharedRef
 from sensorium.ray.media.names import NamesElsewhere, NamesIndex
 from tests.multimodal.pipelines import Setup, cached_ref, embeds_ref, object_ref
+from tests.ray.indexes import emptied
 
 RED, BLUE = (np.full((4, 4, 3), shade, np.uint8) for shade in (9, 200))
 
@@ -32,14 +32,6 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the directory answer late, as on a machine under load."""
     monkeypatch.setattr(indexes, "FIND_SECONDS", 60.0)
     monkeypatch.setattr(names, "DATA_SECONDS", 60.0)
-
-
-async def emptied(index: Any) -> None:
-    """Wait until the directory has given up all: nobody waits for that."""
-    end = time.monotonic() + 60
-    while await index.stats.remote() != (0, 0):
-        assert time.monotonic() < end
-        await asyncio.sleep(0.01)
 
 
 @pytest.fixture
