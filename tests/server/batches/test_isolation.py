@@ -9,9 +9,15 @@ import msgspec
 import pytest
 
 from sensorium.engine.serving.client import ENDED, RESTARTING
-from sensorium.server.batches import isolation
+from sensorium.errors import UnavailableError
+from sensorium.server.batches import isolation, runner
 from sensorium.server.batches.calls import Reply
-from sensorium.server.batches.isolation import Gate, IsolatingCaller
+from sensorium.server.batches.isolation import (
+    EngineEndedError,
+    Gate,
+    IsolatingCaller,
+    Isolation,
+)
 from sensorium.server.batches.lines import Line
 from sensorium.server.batches.runner import LineRunner, Outcome
 
@@ -70,7 +76,8 @@ async def outcomes(engine: Engine, bodies: list[bytes]) -> dict[int, Outcome]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "FIRST_WAIT", 0.0)
+    for module in (isolation, runner):
+        monkeypatch.setattr(module, "FIRST_WAIT", 0.0)
 
 
 async def test_the_killer_fails_and_the_others_are_answered() -> None:
@@ -117,6 +124,39 @@ async def test_an_engine_that_is_away_is_no_death() -> None:
 
     reply = await IsolatingCaller(Away()).call("/v1/completions", b"{}")
     assert reply == unavailable(RESTARTING)
+
+
+async def test_an_engine_that_was_away_is_waited_for_the_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once it has answered, or ended, a suspect waits for the engine's replacement again."""
+    found = Isolation()
+
+    async def run(*steps: str) -> str:
+        left = iter(steps)
+
+        async def attempt() -> str:
+            step = next(left)
+            if step == "ends":
+                raise EngineEndedError
+            if step == "away":
+                raise UnavailableError(RESTARTING)
+            return step
+
+        return await found.run(attempt)
+
+    async def in_vain() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(isolation, "PATIENCE", 0.0)
+            with pytest.raises(UnavailableError, match="too long"):
+                await run("ends", "away")
+
+    async with asyncio.timeout(60):
+        await in_vain()
+        assert await run("ends", "away", "away", "answer") == "answer"
+        await in_vain()
+        assert await run("answer") == "answer"
+        assert await run("ends", "ends", "away", "answer") == "answer"
 
 
 async def test_one_alone_waits_for_others_and_they_for_it() -> None:

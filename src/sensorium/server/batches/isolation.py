@@ -93,7 +93,10 @@ class Isolation:
     def __init__(self) -> None:
         self._gate = Gate()
         self._is_away = False
-        """True once a suspect has waited for the engine in vain: the next ones ask it once."""
+        """True once a suspect has waited for the engine in vain: the next ones ask it once.
+
+        Not any more when the engine answers, or ends while it runs something.
+        """
 
     async def run(self, attempt: Callable[[], Awaitable[_Result]]) -> _Result:
         """Return what an attempt gives, which raises EngineEndedError when its engine ended.
@@ -103,14 +106,17 @@ class Isolation:
         """
         try:
             async with self._gate.beside():
-                return await attempt()
+                answered = await attempt()
+            self._is_away = False
+            return answered
         except EngineEndedError:
-            pass
+            self._is_away = False
         async with self._gate.alone():
             for number in range(MOST_ALONE):
                 try:
                     result = await patiently(attempt, 0.0 if self._is_away else PATIENCE)
                 except EngineEndedError:
+                    self._is_away = False
                     if number == MOST_ALONE - 1:
                         raise
                     continue
