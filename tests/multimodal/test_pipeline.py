@@ -448,17 +448,23 @@ async def test_what_can_never_fit_is_too_large(
 
 async def test_embeddings_that_can_never_fit_are_too_large() -> None:
     class Full(SharedArraysFolder):
+        together = threading.Barrier(1)
+        """Where writes wait for those of the other items, whose sizes are known then."""
+
         def write(self, arrays: Mapping[str, np.ndarray]) -> NoReturn:
+            self.together.wait(60)
             size = sum(array.nbytes for array in arrays.values())
             raise NoRoomError(size, 2 * size - 1)
 
-    config, processor = MediaConfig(enable_mm_embeds=True), FakeProcessor()
-    pipeline = MediaPipeline(config, processor, FeatureCache(0), shared_folder=Full())
+    config, processor, folder = MediaConfig(enable_mm_embeds=True), FakeProcessor(), Full()
+    pipeline = MediaPipeline(config, processor, FeatureCache(0), shared_folder=folder)
     one, two = (MediaRef("image", "embeds", torch.ones(1, 4, 8) * n, param=f"p{n}") for n in (1, 2))
     with pytest.raises(OverloadedError):
         await pipeline.load([one])
+    folder.together = threading.Barrier(2)
     with pytest.raises(MediaTooLargeError):
         await pipeline.load([one, two])
+    folder.together.abort()
     pipeline.close()
 
 
