@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from sensorium.engine.prompts.types import PreparedPrompt
 from sensorium.errors import ConfigError
 from sensorium.multimodal.items import Features, MediaItem
+from sensorium.ray.data import stages
 from sensorium.ray.data.fronts import Prompts
 from sensorium.ray.data.room import Room
 from sensorium.ray.data.stages import (
@@ -201,13 +201,7 @@ async def test_rows_that_are_cancelled_or_fail_leave_their_room() -> None:
 def test_each_stage_counts_attempts_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second gets rows of a batch that the first has not ended; they are not suspect."""
     given: list[Attempts] = []
-    actor = type("Actor", (), {"remote": staticmethod(Attempts)})
-    real = ray.remote
-
-    def remote(*kinds: Any, **options: Any) -> Any:
-        return real(*kinds, **options) if kinds else lambda kind: actor
-
-    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(stages, "counted_attempts", Attempts)
 
     class Rows:
         def map_batches(self, kind: type, *, fn_constructor_args: Any, **_: Any) -> Rows:

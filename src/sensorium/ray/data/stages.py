@@ -316,18 +316,22 @@ def through_stages(
     answering: Pool,
 ) -> Dataset:
     """Return rows with results, or without one where an engine was away for too long."""
-    import ray
-
     threads = os.environ.get(_THREADS)
-    # Where its machine is lost, it starts again and has forgotten all, which does no harm.
-    counter = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts)
     for stage, make, pool in (
         (Preparation, prepare, preparing),
         (Answering, answer, answering),
     ):
         # One for each stage: the first may go on with a batch of which the second has rows already.
-        rows = _mapped(rows, stage, (make, counter.remote(), threads, pool.most), pool)
+        rows = _mapped(rows, stage, (make, counted_attempts(), threads, pool.most), pool)
     return rows
+
+
+def counted_attempts() -> Any:
+    """Start the actor that counts attempts. Returns its handle."""
+    import ray
+
+    # Where its machine is lost, it starts again and has forgotten all, which does no harm.
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
 
 
 def _mapped(rows: Dataset, stage: type, arguments: tuple[Any, ...], pool: Pool) -> Dataset:
