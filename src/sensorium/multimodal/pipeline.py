@@ -218,10 +218,9 @@ class MediaPipeline:
         if text_digest is not None and fetched is not None:
             self._seen.put(text_digest, fetched.digest)
         content = b"" if fetched is None else fetched.digest
-        if ref.kind == "page":
-            content = await self._digests.content(source)  # cheap: the file's is known
+        if not content and (digest is None or ref.kind == "page"):  # a page's costs nothing
+            content = await self._digests.content(source)
         if digest is None:
-            content = content or await self._digests.content(source)
             digest = self._digests.of_content(ref.modality, content, context)
             features = self._lookup(digest, context)
         if features is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import secrets
 from importlib import metadata
@@ -122,13 +123,15 @@ def version_of(fresh: str, *options: object) -> str:
     ``options``: all of that but handles of other deployments. Files that they name, and those of
     Sensorium itself, count with their sizes and times, where this machine has them.
     """
-    own = (
-        __version__,
-        *map(metadata.version, ("torch", "ray")),
-        _files(Path(__file__).parents[2], "*.py"),
-    )
-    digest = blake3(repr((own, fresh, *map(_plain, options))).encode())
+    digest = blake3(repr((_code(), fresh, *map(_plain, options))).encode())
     return digest.hexdigest(length=16)
+
+
+@functools.cache
+def _code() -> tuple[object, ...]:
+    """Return what tells this installation of Sensorium from others; looked up once."""
+    libraries = [metadata.version(name) for name in ("torch", "ray")]
+    return __version__, libraries, _files(Path(__file__).parents[2], "*.py")
 
 
 def _plain(option: object) -> object:
