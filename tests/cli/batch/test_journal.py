@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sensorium.cli.batch.journal import Journal
 from sensorium.errors import ConfigError
-from sensorium.server.batches.lines import BadLine, Survey, digest_of, survey
+from sensorium.server.batches.lines import BadLine, Survey, digest_of, read_lines, survey
 from sensorium.server.batches.runner import refused
 
 MOST = 1 << 20
@@ -139,6 +139,26 @@ def answer(folder: Path, number: int) -> bytes:
     """The output of a line of the input as it is now."""
     raw = (folder / "in.jsonl").read_bytes().splitlines()[number - 1]
     return refused(BadLine(number, f"id {number}", "c", "A message.", None, digest_of(raw))).text
+
+
+def test_a_line_that_was_too_long_runs_once_it_is_shorter(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"custom_id": "x" * 300}) + "\n")
+    with path.open("rb") as file:
+        found = survey(file, 100)
+        [line] = read_lines(file, found, 100)
+    assert isinstance(line, BadLine)
+    with opened(tmp_path, found) as journal:
+        journal.write(1, False, refused(line).text)
+    with opened(tmp_path, found) as journal:
+        assert journal.is_done(1)
+    path.write_text(json.dumps({"custom_id": "x"}) + "\n")
+    with path.open("rb") as file:
+        shorter = survey(file, 100)
+    with pytest.raises(ConfigError, match="--rerun-changed"):
+        opened(tmp_path, shorter)
+    with opened(tmp_path, shorter, rerun_changed=True) as journal:
+        assert not journal.is_done(1)
 
 
 def test_lines_that_have_changed_are_not_done(tmp_path: Path, found: Survey) -> None:

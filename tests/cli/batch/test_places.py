@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from sensorium.cli.batch.places import Wishes, lines_of, local_output
@@ -36,13 +38,14 @@ def png() -> bytes:
 
 
 def parsed(name: str, wishes: Wishes) -> list[Line | BadLine]:
-    with lines_of(name, wishes) as path, path.open("rb") as file:
-        return list(read_lines(file, survey(file, 1 << 20), 1 << 20))
+    with lines_of(name, wishes) as found, found.path.open("rb") as file:
+        facts = survey(file, 1 << 20, is_made=found.is_made)
+        return list(read_lines(file, facts, 1 << 20))
 
 
 def lines(name: str, wishes: Wishes | None = None) -> list[dict[str, Any]]:
-    with lines_of(name, wishes or Wishes()) as path:
-        return [json.loads(text) for text in path.read_text().splitlines()]
+    with lines_of(name, wishes or Wishes()) as found:
+        return [json.loads(text) for text in found.path.read_text().splitlines()]
 
 
 def test_a_folder_of_images(tmp_path: Path) -> None:
@@ -99,8 +102,52 @@ def test_an_image_that_has_changed_is_another_line(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(png() + b" ")
     after = [line.digest for line in parsed(str(tmp_path), Wishes("What?"))]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
-    other = [line.digest for line in parsed(str(tmp_path), Wishes("Where?"))]
-    assert not set(other) & set(after)
+    for wishes in (Wishes("Where?"), Wishes("What?", {"n": 2})):
+        other = [line.digest for line in parsed(str(tmp_path), wishes)]
+        assert not set(other) & set(after)
+
+
+def test_an_image_is_the_same_line_however_it_travels(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("b.png", "c.png"):
+        (tmp_path / "a" / name).write_bytes(png())
+    before = parsed(str(tmp_path / "a"), Wishes("What?"))
+    (tmp_path / "a").rename(tmp_path / "moved")
+    after = parsed(str(tmp_path / "moved"), Wishes("What?", inline=True))
+    assert [line.digest for line in before] == [line.digest for line in after]
+    assert [line.custom_id for line in before] == ["b.png", "c.png"]
+    assert len({line.digest for line in before}) == 2
+
+
+def test_an_image_that_cannot_be_read_is_an_error_of_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png())
+    opened = LocalFileSystem.open
+
+    def failing(system: Any, path: str, *rest: Any) -> Any:
+        if path.endswith("a.png"):
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(system, path, *rest)
+
+    monkeypatch.setattr(LocalFileSystem, "open", failing)
+    bad, good = parsed(str(tmp_path), Wishes("What?", inline=True))
+    assert isinstance(bad, BadLine)
+    assert (bad.code, "Input/output error" in bad.message) == ("media_refused", True)
+    assert isinstance(good, Line)
+
+
+def test_a_connection_that_fails_is_no_error_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/down/a.png", png())
+
+    def failing(*_: Any) -> Any:
+        raise ConnectionResetError("reset")
+
+    monkeypatch.setattr(type(memory), "open", failing)
+    with pytest.raises(ConfigError, match="cannot be opened: reset"):
+        lines("memory://down", Wishes("What?"))
 
 
 def test_the_folder_may_be_read(tmp_path: Path) -> None:
@@ -317,8 +364,7 @@ def test_a_run_that_writes_nothing_leaves_what_was_delivered(tmp_path: Path) -> 
     assert table.read_bytes() == b"delivered"
 
 
-def test_the_longer_one_of_two_runs_counts() -> None:
-    """One machine has half of the answers, and another has delivered all of them."""
+def test_a_run_goes_on_from_what_another_machine_has_added() -> None:
     name, memory = "memory://both/answers.jsonl", fsspec.filesystem("memory")
     with local_output(name, overwrite=False) as path:
         path.write_text("one\n")
@@ -329,3 +375,14 @@ def test_the_longer_one_of_two_runs_counts() -> None:
     with local_output(name, overwrite=False) as path:
         path.unlink()  # no line has failed
     assert not memory.exists("/both/answers.jsonl")
+
+
+def test_answers_that_a_killed_run_has_taken_back_do_not_return() -> None:
+    """What was delivered before is longer than what the run had got again when it was killed."""
+    name, memory = "memory://taken/answers.jsonl", fsspec.filesystem("memory")
+    with local_output(name, overwrite=False) as path:
+        path.write_text("old\none\ntwo\n")
+    path.write_text("one\ntwo\nnew")  # killed: not delivered
+    with local_output(name, overwrite=False) as path:
+        assert path.read_text() == "one\ntwo\nnew"
+    assert memory.cat_file("/taken/answers.jsonl") == b"one\ntwo\nnew"

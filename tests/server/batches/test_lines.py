@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from sensorium.server.batches.lines import (
     BadLine,
     Line,
+    TooLong,
+    digest_of,
     number_of,
     output_id,
     parse_line,
@@ -105,12 +107,24 @@ def test_long_lines_are_skipped_unread() -> None:
     assert last.number == 3
 
 
+def test_long_lines_have_digests() -> None:
+    """All of a line counts, but its end: a last line may get one later."""
+    long = b"x" * (5 << 20)
+    texts = [long + b"y\n", long + b"y", long + b"z\n", b"y" + long[1:] + b"y\n"]
+    found = [survey(io.BytesIO(text), MOST).digests[1] for text in texts]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+    assert digest_of(long + b"y") not in found, "another limit, another outcome"
+    assert [line.digest for line in read(texts[0])] == [found[0]]
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.binary(max_size=400), st.integers(1, 50))
 def test_any_bytes_are_lines_of_some_kind(data: bytes, most: int) -> None:
     numbers = [number for number, _ in raw_lines(io.BytesIO(data), most)]
     assert numbers == sorted(set(numbers))
-    assert all(line is None or len(line) <= most for _, line in raw_lines(io.BytesIO(data), most))
+    lines = raw_lines(io.BytesIO(data), most)
+    assert all(isinstance(line, TooLong) or len(line) <= most for _, line in lines)
     for line in read(data):
         assert line.number in range(1, data.count(b"\n") + 2)
 
@@ -150,15 +164,19 @@ def test_ids_of_outputs() -> None:
         assert number_of(wrong) is None
 
 
-def test_clients_cannot_say_why_a_line_is_refused() -> None:
+def test_only_made_lines_say_what_they_are() -> None:
     why = {"code": "x" * 10, "message": "y" * 1000}
     members = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}}
-    raw = json.dumps({**members, "refused": why}).encode()
-    assert isinstance(parse_line(raw, 1, "/v1/completions"), Line)
-    refused = parse_line(raw, 1)
+    raw = json.dumps({**members, "refused": why, "identity": "z"}).encode()
+    by_content = parse_line(raw, 1)
+    assert isinstance(by_content, Line)
+    assert by_content.digest == survey(io.BytesIO(raw), MOST).digests[1] == digest_of(raw)
+    refused = parse_line(raw, 1, is_made=True)
     assert isinstance(refused, BadLine)
     assert refused.code == why["code"]
-    assert isinstance(parse_line(json.dumps({**members, "refused": True}).encode(), 1), Line)
+    found = survey(io.BytesIO(raw), MOST, is_made=True)
+    assert refused.digest == found.digests[1] == digest_of(b"z")
+    assert list(read_lines(io.BytesIO(raw), found, MOST)) == [refused]
 
 
 def test_long_urls_are_looked_at_in_part() -> None:

@@ -6,6 +6,7 @@ its row: an image that is too large, a link that leads out of the folder, someth
 
 from __future__ import annotations
 
+import hashlib
 import mimetypes
 import os
 import stat
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from sensorium.cli.batch.tables import CHAT, conversation, data_url, line
 from sensorium.errors import ConfigError, MediaRefusedError, MediaTooLargeError, RequestError
@@ -23,6 +26,8 @@ IMAGES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic"}
 )
 """Ends of the names of images."""
+_OF_FILES = (PermissionError, FileNotFoundError, IsADirectoryError)
+"""Errors that concern one file, wherever it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +68,9 @@ class Folder:
                 refusal = Refusal(error.code, error.message, "image")
                 yield line(name, CHAT, None, refused=refusal)
                 continue
-            # An image in the line tells by itself whether it has changed.
-            version = None if self.inline else version
-            messages = conversation(url, prompt)
-            yield line(name, CHAT, {**body, "messages": messages}, version=version)
+            identity = _identity(name, version or url, prompt, body)
+            made = {**body, "messages": conversation(url, prompt)}
+            yield line(name, CHAT, made, identity=identity)
 
     def _version(self, path: str) -> str:
         """Return what changes with the contents of a local file: its size and time.
@@ -85,15 +89,31 @@ class Folder:
         return f"{status.st_size}-{status.st_mtime_ns}"
 
     def _inlined(self, path: str) -> str:
-        """Return an image as a URL. Raises MediaTooLargeError, MediaRefusedError."""
+        """Return an image as a URL. Raises MediaTooLargeError, MediaRefusedError.
+
+        OSError where the file system, and not the file, is what fails.
+        """
         try:
             with self.system.open(path, "rb") as file:
                 data = file.read(self.most_bytes + 1)
-        except PermissionError as error:
-            raise MediaRefusedError("The image cannot be read: permission denied.") from error
+        except OSError as error:
+            # Of a file system elsewhere, most errors are those of the connection.
+            if not (self.is_local or isinstance(error, _OF_FILES)):
+                raise
+            what = error.strerror or type(error).__name__
+            raise MediaRefusedError(f"The image cannot be read: {what}.") from error
         if len(data) > self.most_bytes:
             raise MediaTooLargeError(
                 f"The image has more than {self.most_bytes} bytes, the limit of "
                 "--max-media-bytes and three quarters of --max-line-mb."
             )
         return data_url(data, mimetypes.guess_type(path)[0] or "image/png")
+
+
+def _identity(name: str, version: str, prompt: str, body: Mapping[str, Any]) -> str:
+    """Return what tells a request about an image from others, however the image travels.
+
+    ``name``: path below the folder. ``version``: what changes with the image's contents.
+    """
+    told = msgspec.json.encode([name, version, prompt, body])
+    return hashlib.blake2b(told, digest_size=16).hexdigest()

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,14 @@ class Wishes:
     most_image_bytes: int = MediaConfig.max_media_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A local file of lines. ``is_made``: this program has written them, not somebody else."""
+
+    path: Path
+    is_made: bool
+
+
 def is_url(name: str) -> bool:
     """Return true for a place that is no path of this machine."""
     return "://" in name and not name.startswith("file://")
@@ -64,7 +72,7 @@ def is_folder(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def lines_of(name: str, wishes: Wishes) -> Iterator[Path]:
+def lines_of(name: str, wishes: Wishes) -> Iterator[Lines]:
     """Give an input as a file of lines. Raises ConfigError."""
     is_table = name.endswith(".parquet")
     if not (is_url(name) or is_table or is_folder(name)):
@@ -74,14 +82,14 @@ def lines_of(name: str, wishes: Wishes) -> Iterator[Path]:
                 "their bodies.",
                 param="prompt",
             )
-        yield local_path(name)
+        yield Lines(local_path(name), is_made=False)
         return
     folder = PrivateFolder("", _PREFIX)
     try:
         path = folder.path / "lines.jsonl"
         with _usable(name):
-            _write_lines(name, path, wishes)
-        yield path
+            is_made = _write_lines(name, path, wishes)
+        yield Lines(path, is_made)
     finally:
         folder.close()
 
@@ -108,7 +116,7 @@ def local_output(name: str, *, overwrite: bool) -> Iterator[Path]:
     finally:
         with _usable(name):
             # A run that ends before it has written a line leaves what an earlier one delivered.
-            if _state(path) != before or (_state(path) and not _is_there(name)):
+            if _state(path) != before or not _is_delivered(name, path, is_table=is_table):
                 _deliver(path, name, is_table=is_table)
 
 
@@ -121,6 +129,15 @@ def _state(path: Path) -> tuple[int, int] | None:
     return (status.st_size, status.st_mtime_ns) if status.st_size else None
 
 
+def _is_delivered(name: str, path: Path, *, is_table: bool) -> bool:
+    """Return true where an output is there, and no longer or shorter than its lines here."""
+    known = _state(path)
+    if known is None:
+        return True
+    system, place = _opened(name)
+    return bool(system.exists(place)) and (is_table or system.size(place) == known[0])
+
+
 def _is_there(name: str) -> bool:
     system, place = _opened(name)
     return bool(system.exists(place))
@@ -128,6 +145,9 @@ def _is_there(name: str) -> bool:
 
 def _take_up(name: str, path: Path, *, is_table: bool) -> None:
     """Go on from what an earlier run has delivered, perhaps from another machine.
+
+    Lines that are here stay, unless those that were delivered go on from them: a run that was
+    killed had delivered nothing, and may have taken back answers to lines that have changed.
 
     Raises ConfigError for a table whose lines are not here: it would be replaced.
     """
@@ -143,7 +163,7 @@ def _take_up(name: str, path: Path, *, is_table: bool) -> None:
     system, place = _opened(name)
     known = _state(path)
     if system.exists(place) and system.size(place) > (0 if known is None else known[0]):
-        _copy(system, place, path)
+        _copy(system, place, path, only_if=_continues)
 
 
 def _journal_path(name: str) -> Path:
@@ -155,7 +175,8 @@ def _journal_path(name: str) -> Path:
     return environment.cache_root() / "sensorium" / "batches" / f"{key}.jsonl"
 
 
-def _write_lines(name: str, path: Path, wishes: Wishes) -> None:
+def _write_lines(name: str, path: Path, wishes: Wishes) -> bool:
+    """Write an input as lines; return False where they are those of a file elsewhere."""
     from sensorium.cli.batch import tables
     from sensorium.cli.batch.images import Folder
 
@@ -163,7 +184,7 @@ def _write_lines(name: str, path: Path, wishes: Wishes) -> None:
     if name.endswith(".parquet"):
         with system.open(place, "rb") as file, path.open("wb") as target:
             target.writelines(tables.lines_of_table(file, wishes.prompt, wishes.body))
-        return
+        return True
     if system.isdir(place):
         if wishes.prompt is None:
             raise ConfigError(
@@ -179,17 +200,38 @@ def _write_lines(name: str, path: Path, wishes: Wishes) -> None:
         )
         with path.open("wb") as target:
             target.writelines(folder.lines(wishes.prompt, wishes.body))
-        return
+        return True
     _copy(system, place, path)
+    return False
 
 
-def _copy(system: Any, place: str, path: Path) -> None:
-    """Copy a file; what is there of it when that is broken off does not count."""
+def _continues(path: Path, known: Path) -> bool:
+    """Return true for a file that begins with all that another has."""
+    if not known.exists():
+        return True
+    with path.open("rb") as file, known.open("rb") as before:
+        while piece := before.read(_COPY_BYTES):
+            if file.read(len(piece)) != piece:
+                return False
+    return True
+
+
+def _copy(
+    system: Any,
+    place: str,
+    path: Path,
+    only_if: Callable[[Path, Path], bool] = lambda new, old: True,
+) -> None:
+    """Copy a file; what is there of it when that is broken off does not count.
+
+    ``only_if``: a condition on the copy and the file in whose place it would come.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with system.open(place, "rb") as file, unfinished.open("wb") as target:
             shutil.copyfileobj(file, target, _COPY_BYTES)
-        os.replace(unfinished, path)
+        if only_if(unfinished, path):
+            os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 

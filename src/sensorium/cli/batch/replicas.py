@@ -117,7 +117,14 @@ def _outcomes(
     parts = list(todo.parts(journal, size))
     if parts:
         job = run.job
-        yield from outcomes(job.source, parts, model, replicas, most_bytes=job.max_line_bytes)
+        yield from outcomes(
+            job.source,
+            parts,
+            model,
+            replicas,
+            most_bytes=job.max_line_bytes,
+            is_made=job.is_made,
+        )
 
 
 class _Todo:

@@ -40,6 +40,7 @@ class Job:
         in_order: Put the outputs into the order of the input at the end.
         overwrite: Forget the outputs of earlier runs.
         rerun_changed: Forget those of lines that have changed since.
+        is_made: This program has written the file of requests, of images or the rows of a table.
     """
 
     source: Path
@@ -51,6 +52,7 @@ class Job:
     in_order: bool
     overwrite: bool
     rerun_changed: bool
+    is_made: bool = False
 
 
 @asynccontextmanager
@@ -104,7 +106,7 @@ class Run:
     def __init__(self, job: Job, file: BinaryIO) -> None:
         self.job = job
         self._file = file
-        self._found = survey(file, job.max_line_bytes)
+        self._found = survey(file, job.max_line_bytes, is_made=job.is_made)
         self._runner: LineRunner | None = None
         if self._found.num_lines == 0:
             raise ConfigError(f"{str(job.source)!r} has no lines.")

@@ -153,15 +153,16 @@ def line(
     url: str,
     body: Any,
     *,
-    version: str | None = None,
+    identity: str | None = None,
     refused: Refusal | None = None,
 ) -> bytes:
     """Return a line of an input.
 
-    ``version`` tells contents that the body only names; ``refused`` says why there is no body.
+    ``identity`` tells the request from others where its text does not; ``refused`` says why there
+    is no body.
     """
     made = {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
-    more = {"version": version, "refused": refused}
+    more = {"identity": identity, "refused": refused}
     made |= {name: value for name, value in more.items() if value is not None}
     return msgspec.json.encode(made, enc_hook=str) + b"\n"
 

@@ -48,7 +48,7 @@ COMMON = {
 class Files:
     """The local files of a run."""
 
-    source: Path
+    source: places.Lines
     answers: Path
     errors: Path
 
@@ -289,7 +289,8 @@ def _job(arguments: argparse.Namespace, files: Files, at_once: int) -> Job:
     from sensorium.cli.batch.run import Job
 
     return Job(
-        source=files.source,
+        source=files.source.path,
+        is_made=files.source.is_made,
         answers=files.answers,
         errors=files.errors,
         num_at_once=arguments.concurrency or at_once,

@@ -22,6 +22,7 @@ from sensorium.ray.cluster import quiet
 from sensorium.ray.data.lines import LineAnswer, LinePreparation
 from sensorium.ray.data.source import LinesDatasource, Part
 from sensorium.ray.data.stages import Pool, rows_of, through_stages
+from sensorium.ray.logs import losses_logged
 from sensorium.server.batches.runner import Outcome
 from sensorium.server.batches.urls import without_secrets
 
@@ -73,12 +74,18 @@ def share_of_cores(config: EngineConfig, num_engines: int) -> EngineConfig:
 
 
 def outcomes(
-    path: Path, parts: Sequence[Part], model: ServedConfig, replicas: Replicas, *, most_bytes: int
+    path: Path,
+    parts: Sequence[Part],
+    model: ServedConfig,
+    replicas: Replicas,
+    *,
+    most_bytes: int,
+    is_made: bool = False,
 ) -> Iterator[Outcome]:
     """Yield the outputs of lines, which the connected cluster runs.
 
     Lines whose engine was away for too long have none, and a line may come again when a process was
-    lost.
+    lost. ``is_made``: this program has written the lines.
 
     Raises:
         ConfigError: The model cannot be loaded.
@@ -90,7 +97,7 @@ def outcomes(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     rows = ray.data.read_datasource(
-        LinesDatasource(path, parts, most_bytes),
+        LinesDatasource(path, parts, most_bytes, is_made=is_made),
         override_num_blocks=len(parts),
         concurrency=min(READ_AT_ONCE, len(parts)),
     )
@@ -99,7 +106,8 @@ def outcomes(
     answer = functools.partial(LineAnswer, model)
     results = through_stages(rows, prepare, answer, preparing, answering)
     try:
-        yield from _results(results)
+        with losses_logged():
+            yield from _results(results)
     except RayError as error:
         raise _cause(error) from error
 

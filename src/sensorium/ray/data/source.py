@@ -13,7 +13,7 @@ from ray.data.block import BlockMetadata
 from ray.data.context import DataContext
 
 from sensorium.ray.data.stages import Row, table_of
-from sensorium.server.batches.lines import Line, parse_line, raw_lines
+from sensorium.server.batches.lines import Line, TooLong, parse_line, raw_lines
 
 BLOCK_BYTES = 8 << 20
 """Bytes of lines from which on a block of rows is handed over, so that images in lines do not
@@ -33,10 +33,16 @@ class Part:
 
 
 class LinesDatasource(Datasource):
-    """Rows of the lines of a local file, one read task for each part."""
+    """Rows of the lines of a local file, one read task for each part.
 
-    def __init__(self, path: Path, parts: Sequence[Part], most_bytes: int) -> None:
+    ``is_made``: this program has written the lines.
+    """
+
+    def __init__(
+        self, path: Path, parts: Sequence[Part], most_bytes: int, *, is_made: bool = False
+    ) -> None:
         super().__init__()
+        self._is_made = is_made
         self._path = path
         self._parts = parts
         self._most_bytes = most_bytes
@@ -59,19 +65,23 @@ class LinesDatasource(Datasource):
         """Return a task for each part."""
         return [
             ReadTask(
-                functools.partial(read_part, self._path, part, self._most_bytes),
+                functools.partial(
+                    read_part, self._path, part, self._most_bytes, is_made=self._is_made
+                ),
                 BlockMetadata(len(part.numbers), None, None, None),
             )
             for part in self._parts
         ]
 
 
-def read_part(path: Path, part: Part, most_bytes: int) -> Iterable[pyarrow.Table]:
+def read_part(
+    path: Path, part: Part, most_bytes: int, *, is_made: bool = False
+) -> Iterable[pyarrow.Table]:
     """Yield the lines of a part that are to run, as tables."""
     rows: list[Row] = []
     size = 0
-    for line in _wanted(path, part, most_bytes):
-        rows.append(Row(line))
+    for line in _wanted(path, part, most_bytes, is_made):
+        rows.append(Row(line, key=str(line.number)))
         size += len(line.body)
         if size >= BLOCK_BYTES:
             yield table_of(rows)
@@ -80,14 +90,14 @@ def read_part(path: Path, part: Part, most_bytes: int) -> Iterable[pyarrow.Table
         yield table_of(rows)
 
 
-def _wanted(path: Path, part: Part, most_bytes: int) -> Iterator[Line]:
+def _wanted(path: Path, part: Part, most_bytes: int, is_made: bool) -> Iterator[Line]:
     last = max(part.numbers)
     with path.open("rb") as file:
         file.seek(part.offset)
         for index, raw in raw_lines(file, most_bytes):
             number = part.first + index - 1
-            if number in part.numbers and raw is not None:
-                line = parse_line(raw, number)
+            if number in part.numbers and not isinstance(raw, TooLong):
+                line = parse_line(raw, number, is_made=is_made)
                 if isinstance(line, Line):
                     yield line
             if number >= last:

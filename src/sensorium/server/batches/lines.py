@@ -5,6 +5,9 @@ ids, ``read_lines`` yields requests. Memory grows by 16 bytes a line.
 
 The id of an output has the number of its line and a digest of it, which tells whether the line is
 still the one that was answered.
+
+An input is *made* where this program has written its lines, of images or the rows of a table. Such
+lines may say why there is no request, and what their digest is of; those of others may not.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ BLANK_FACTOR = 4
 
 _SKIPPED_BYTES = 1 << 20
 _DIGEST_BYTES = 8
+_TOO_LONG = b"too long"
+"""Tells the digest of a line that is too long from that of the same line under a higher limit."""
 _DIGEST = re.compile(r"_([0-9a-f]{16})_[0-9]+")
 _MASK = (1 << 64) - 1
 _NO_ID = 0
@@ -70,8 +75,16 @@ class BadLine:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class TooLong:
+    """A line of more bytes than allowed, of which only the digest is kept."""
+
+    digest: int
+
+
 class _Head(msgspec.Struct):
     custom_id: Any = None
+    identity: Any = None
 
 
 class Refusal(msgspec.Struct):
@@ -99,22 +112,30 @@ _request = msgspec.json.Decoder(_Request)
 _body = msgspec.json.Decoder(_Body)
 
 
-def raw_lines(file: BinaryIO, most_bytes: int) -> Iterator[tuple[int, bytes | None]]:
-    """Yield number and content of each line that is not blank; None for one of more bytes."""
+def raw_lines(file: BinaryIO, most_bytes: int) -> Iterator[tuple[int, bytes | TooLong]]:
+    """Yield number and content of each line that is not blank, a digest for one of more bytes."""
     return ((number, raw) for number, raw in _all_lines(file, most_bytes) if raw != b"")
 
 
-def _all_lines(file: BinaryIO, most_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+def _all_lines(file: BinaryIO, most_bytes: int) -> Iterator[tuple[int, bytes | TooLong]]:
     """Yield the same for all lines; blank ones are empty."""
     number = 0
     while line := file.readline(most_bytes + 1):
         number += 1
         if len(line) > most_bytes and not line.endswith(b"\n"):
-            while (rest := file.readline(_SKIPPED_BYTES)) and not rest.endswith(b"\n"):
-                pass
-            yield number, None
+            yield number, _skipped(file, line)
         else:
             yield number, line.strip()
+
+
+def _skipped(file: BinaryIO, piece: bytes) -> TooLong:
+    """Read the rest of a line that begins with ``piece``, in pieces; return its digest."""
+    hasher = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=_TOO_LONG)
+    while True:
+        hasher.update(piece.removesuffix(b"\n"))
+        if not piece or piece.endswith(b"\n"):
+            return TooLong(int.from_bytes(hasher.digest(), "big") or 1)
+        piece = file.readline(_SKIPPED_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +145,10 @@ class Survey:
     Attributes:
         num_lines: Lines that are not blank.
         marks: A number for the id of each line, by the line's number; 0 for lines without one.
-        digests: The digest of each line, by its number; 0 for those that are too long.
+        digests: The digest of each line, by its number.
         repeated: Those numbers that come more than once.
         is_whole: False when the input has more lines than allowed; the rest was not read.
+        is_made: True where this program has written the lines.
     """
 
     num_lines: int
@@ -134,6 +156,7 @@ class Survey:
     digests: array[int]
     repeated: frozenset[int]
     is_whole: bool = True
+    is_made: bool = False
 
 
 def mark_of(custom_id: str) -> int:
@@ -147,7 +170,9 @@ def digest_of(raw: bytes) -> int:
     return int.from_bytes(digest, "big") or 1
 
 
-def survey(file: BinaryIO, most_bytes: int, most_lines: int | None = None) -> Survey:
+def survey(
+    file: BinaryIO, most_bytes: int, most_lines: int | None = None, *, is_made: bool = False
+) -> Survey:
     """Read the input once, from its beginning.
 
     Args:
@@ -155,6 +180,7 @@ def survey(file: BinaryIO, most_bytes: int, most_lines: int | None = None) -> Su
         most_bytes: Bytes of the longest line.
         most_lines: Lines after which reading ends. So it does after ``BLANK_FACTOR`` times as
             many, blank ones included. No limit if None.
+        is_made: This program has written the lines.
     """
     file.seek(0)
     marks, digests = array("Q", [_NO_ID]), array("Q", [0])
@@ -171,23 +197,30 @@ def survey(file: BinaryIO, most_bytes: int, most_lines: int | None = None) -> Su
         num_lines += 1
         for numbers in (marks, digests):
             numbers.frombytes(bytes(numbers.itemsize * (number + 1 - len(numbers))))
-        digests[number] = 0 if raw is None else digest_of(raw)
-        custom_id = None if raw is None else _id_of(raw)
-        if custom_id is not None:
-            marks[number] = mark_of(custom_id)
+        if isinstance(raw, TooLong):
+            digests[number] = raw.digest
+            continue
+        head = _head_of(raw)
+        digests[number] = _digest(raw, head, is_made=is_made)
+        if isinstance(head.custom_id, str):
+            marks[number] = mark_of(head.custom_id)
     ordered = np.sort(np.frombuffer(marks, np.uint64))
     same = ordered[1:][ordered[1:] == ordered[:-1]]
     repeated = frozenset(same[same != _NO_ID].tolist())
-    return Survey(num_lines, marks, digests, repeated, is_whole)
+    return Survey(num_lines, marks, digests, repeated, is_whole, is_made)
 
 
-def _id_of(raw: bytes) -> str | None:
-    """Return the id of a line; None where there is none."""
+def _head_of(raw: bytes) -> _Head:
+    """Return what a line says of itself; nothing where it is not JSON."""
     try:
-        custom_id = _head.decode(raw).custom_id
+        return _head.decode(raw)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-        return None
-    return custom_id if isinstance(custom_id, str) else None
+        return _Head()
+
+
+def _digest(raw: bytes, head: _Head, *, is_made: bool) -> int:
+    """Return the digest of a line: of what it says that it is where it is made, else of all."""
+    return digest_of(head.identity.encode() if is_made and isinstance(head.identity, str) else raw)
 
 
 def read_lines(
@@ -200,11 +233,11 @@ def read_lines(
     file.seek(0)
     first_lines: dict[str, int] = {}
     for number, raw in raw_lines(file, most_bytes):
-        if raw is None:
+        if isinstance(raw, TooLong):
             message = f"Line {number} has more than {most_bytes} bytes, the limit."
-            yield BadLine(number, None, "line_too_long", message)
+            yield BadLine(number, None, "line_too_long", message, None, raw.digest)
             continue
-        line = parse_line(raw, number, url)
+        line = parse_line(raw, number, url, is_made=found.is_made)
         custom_id = line.custom_id
         if custom_id is not None and mark_of(custom_id) in found.repeated:
             first = first_lines.setdefault(custom_id, number)
@@ -217,36 +250,31 @@ def read_lines(
         yield line
 
 
-def _refusal(given: Any) -> Refusal | None:
-    """Return why an input's reader has refused a row, None for a member of another's making."""
-    if not isinstance(given, dict):
-        return None
-    try:
-        return msgspec.convert(given, Refusal)
-    except msgspec.ValidationError:
-        return None
+def parse_line(
+    raw: bytes, number: int, wanted_url: str | None = None, *, is_made: bool = False
+) -> Line | BadLine:
+    """Return the request in a line, or what is wrong with it.
 
-
-def parse_line(raw: bytes, number: int, wanted_url: str | None = None) -> Line | BadLine:
-    """Return the request in a line, or what is wrong with it."""
+    ``is_made``: this program has written the line, and may say that it has refused a row.
+    """
 
     def bad(code: str, what: str, param: str | None = None) -> BadLine:
         return BadLine(number, custom_id, code, f"Line {number} {what}.", param, digest)
 
     custom_id: str | None = None
-    digest = digest_of(raw)
     try:
         request = _request.decode(raw)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        digest = digest_of(raw)
         return bad("invalid_json_line", f"is not a JSON object: {str(error)[:200]}")
+    digest = _digest(raw, request, is_made=is_made)
     given = request.custom_id
     if not isinstance(given, str) or not 1 <= len(given) <= MOST_ID_CHARS:
         what = f"needs a custom_id, a string of 1 to {MOST_ID_CHARS} characters"
         return bad("missing_required_parameter", what, "custom_id")
     custom_id = given
-    # Lines that an endpoint is named for come from clients, whose word does not count.
-    why = None if wanted_url is not None else _refusal(request.refused)
-    if why is not None:
+    if is_made and request.refused is not None:
+        why = msgspec.convert(request.refused, Refusal)
         return BadLine(number, custom_id, why.code, why.message, why.param, digest)
     if request.method != "POST":
         return bad(
