@@ -288,6 +288,8 @@ NOT_LOADED = "could not be loaded"
 
 ENDED = "The engine ended while it ran this request"
 """Words of the error of a request that was running when its engine ended, and may be the cause."""
+ENDED_ALONE = f"{ENDED} and no other"
+"""Words of the error where nothing else was running: most likely it is the cause."""
 
 
 def error_of(

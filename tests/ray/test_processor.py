@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,12 @@ import pytest
 from PIL import Image
 
 from sensorium import LLM, SamplingParams
-from sensorium.errors import ConfigError
+from sensorium.config import engine_config
+from sensorium.errors import ENDED, ENDED_ALONE, ConfigError, EngineDeadError
 from sensorium.ray import build_processor
+from sensorium.ray.data.fronts import Prompts
+from sensorium.ray.data.prompts import PromptAnswer
+from sensorium.server.batches import isolation
 
 GREEDY = {"temperature": 0.0, "max_tokens": 6}
 
@@ -80,6 +86,45 @@ def test_texts_conversations_and_bad_rows(ray_address: str) -> None:
     assert found[4]["error"]["param"].startswith("messages[0].content[1]")
     assert "prompt" in found[8]["error"]["message"]
     assert found[4]["generated_text"] is None
+
+
+class Ending(PromptAnswer):
+    """A stage whose engine ends with the row ``killer``, and what runs beside it."""
+
+    def __init__(self) -> None:
+        super().__init__(engine_config(model="demo"))
+        processor = SimpleNamespace(runner="generate")
+        self._frontend = SimpleNamespace(input_processor=processor)  # type: ignore[assignment]
+        self.running: set[str] = set()
+        self.ended: dict[str, str] = {}
+        self.num_deaths = 0
+
+    async def _result(self, work: Any) -> dict[str, Any]:
+        prompt = work["prompt"]
+        self.running.add(prompt)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        if prompt == "killer":
+            self.num_deaths += 1
+            why = ENDED if len(self.running) > 1 else ENDED_ALONE
+            self.ended = dict.fromkeys(self.running, why)
+        self.running.discard(prompt)
+        if prompt in self.ended:
+            raise EngineDeadError(self.ended.pop(prompt))
+        return {"generated_text": prompt}
+
+
+async def test_a_row_that_ends_its_engine_has_failed_and_others_are_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(isolation, "FIRST_WAIT", 0.0)
+    stage = Ending()
+    prompts = ["a", "killer", "b", "c"]
+    async with asyncio.timeout(60):
+        rows = await asyncio.gather(*(stage.run({"prompt": p}, Prompts()) for p in prompts))
+    assert rows[1]["error"]["code"] == "engine_ended"
+    assert [rows[n]["generated_text"] for n in (0, 2, 3)] == ["a", "b", "c"]
+    assert stage.num_deaths == 3
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,13 @@ from sensorium.config import engine_config
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine import wire
 from sensorium.engine.serving.client import DELIVERED_AT_ONCE, EngineClient, OutputQueue
-from sensorium.errors import EngineDeadError, OverloadedError, SensoriumError
+from sensorium.errors import (
+    ENDED,
+    ENDED_ALONE,
+    EngineDeadError,
+    OverloadedError,
+    SensoriumError,
+)
 from sensorium.multimodal.items import Features, MediaItem
 from sensorium.multimodal.shared_memory import SharedArraysFolder
 from sensorium.params import SamplingParams
@@ -225,8 +231,24 @@ async def test_a_process_that_dies_gives_each_request_an_error_of_its_own(
         assert isinstance(error, EngineDeadError)
         assert error.retry_after == 3
         assert "being restarted; try again" in error.message
+        assert ENDED in error.message
+        assert ENDED_ALONE not in error.message
     assert client.num_open == 0
     assert "was ended by SIGKILL (out of memory?); 3 running" in caplog.text
+
+
+async def test_a_request_that_ran_alone_is_told_so(
+    started: tuple[EngineClient, FakeSocket, FakeProcess],
+) -> None:
+    client, _, process = started
+    output_queue: OutputQueue = asyncio.Queue()
+    for number in range(2):  # two samples of it
+        client.submit(dataclasses.replace(REQUEST, request_id=str(number)), [], output_queue)
+    process.kill()
+    await asyncio.wait_for(client.wait_ended(), 60)
+    error = output_queue.get_nowait()
+    assert isinstance(error, EngineDeadError)
+    assert ENDED_ALONE in error.message
 
 
 async def test_stopping_says_that_the_server_stops(

@@ -38,7 +38,8 @@ DELIVERED_AT_ONCE = 16
 """Updates that are delivered before other tasks of the event loop get a turn."""
 
 RESTARTING = "The engine has stopped and is being restarted; try again in a moment."
-ENDED = f"{errors.ENDED} and is being restarted; try again in a moment."
+_AGAIN = "It is being restarted; try again in a moment."
+ENDED, ENDED_ALONE = (f"{words}. {_AGAIN}" for words in (errors.ENDED, errors.ENDED_ALONE))
 STOPPING = "The server is shutting down; send the request to another one."
 
 LONGEST_RETRY = 60
@@ -316,7 +317,10 @@ class EngineClient:
                 len(self._routes),
             )
             self._alive = False
-            self._fail_all(lambda: dead_error(self._start_seconds, ENDED))
+            # The sequences of one request have a queue in common.
+            num_requests = len({id(queue) for queue, _ in self._routes.values()})
+            message = ENDED if num_requests > 1 else ENDED_ALONE
+            self._fail_all(lambda: dead_error(self._start_seconds, message))
         self._ended.set()
 
     def _fail_all(self, new_error: Callable[[], errors.EngineDeadError]) -> None:

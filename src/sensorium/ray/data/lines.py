@@ -15,7 +15,7 @@ from sensorium.ray.data.fronts import (
 )
 from sensorium.server.app import build_app
 from sensorium.server.batches.calls import AppCaller, Reply
-from sensorium.server.batches.isolation import IsolatingCaller, error_reply, patiently
+from sensorium.server.batches.isolation import Deaths, Gate, Patience, error_reply, in_turn
 from sensorium.server.batches.lines import Line
 from sensorium.server.batches.runner import Outcome, answered
 from sensorium.server.models.facts import read_facts
@@ -50,13 +50,14 @@ class LineStage:
 
     def __init__(self, config: ServedConfig) -> None:
         self._config = config
+        self._gate, self._patience = Gate(), Patience()
 
     async def start(self) -> None:
         """See ``Stage.start``."""
         model = ServedModel(self._config, self._frontend)
         self._models = ServedModels([model], None, read_facts=read_facts)
         app = build_app(self._models, self._config.server)
-        self._caller = IsolatingCaller(AppCaller(app, "", below=False))
+        self._caller = AppCaller(app, "", below=False)
         await self._models.start()
 
     async def close(self) -> None:
@@ -72,8 +73,11 @@ class LineStage:
 
     async def _reply(self, line: Line, prompts: Prompts) -> Reply | None:
         """Return the answer to a line; None when it was refused for now, for too long."""
+        deaths = Deaths()
         with prompts_of_request(prompts):
-            return await patiently(lambda: self._caller.call(line.url, line.body))
+            return await self._patience.repeat(
+                lambda: in_turn(self._caller, self._gate, deaths, line.url, line.body)
+            )
 
 
 class LinePreparation(LineStage):

@@ -12,7 +12,6 @@ from sensorium.config.fields import suggestion
 from sensorium.engine.prompts.types import Prompt, chat_prompt, parse_prompt
 from sensorium.engine.serving.frontend import Frontend
 from sensorium.errors import (
-    ENDED,
     EngineDeadError,
     InvalidRequestError,
     SensoriumError,
@@ -26,13 +25,7 @@ from sensorium.ray.data.fronts import (
     preparing_frontend,
     prompts_of_request,
 )
-from sensorium.server.batches.isolation import (
-    KILLER,
-    KILLER_MESSAGE,
-    EngineEndedError,
-    Isolation,
-    patiently,
-)
+from sensorium.server.batches.isolation import KILLER, Deaths, Gate, Patience
 
 CHAT_OPTIONS = (
     "chat_template",
@@ -61,7 +54,7 @@ class PromptStage:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._numbers = itertools.count()
-        self._isolation = Isolation()
+        self._gate, self._patience = Gate(), Patience()
 
     async def start(self) -> None:
         """See ``Stage.start``."""
@@ -78,26 +71,27 @@ class PromptStage:
         """See ``Stage.failed``."""
         return self._whole({"error": {"message": message, "code": code, "param": None}})
 
-    async def _columns(self, work: Mapping[str, Any], prompts: Prompts) -> dict[str, Any]:
-        """Return the columns of a row's result, or of its error. Raises UnavailableError."""
+    async def _columns(self, work: Mapping[str, Any], prompts: Prompts) -> dict[str, Any] | None:
+        """Return the columns of a row's result, or of its error.
+
+        None when the engine was away for too long.
+        """
+        deaths = Deaths()
+        with prompts_of_request(prompts):
+            return await self._patience.repeat(lambda: self._attempt(work, deaths))
+
+    async def _attempt(self, work: Mapping[str, Any], deaths: Deaths) -> dict[str, Any]:
+        """Return what one attempt gives, in its turn. Raises UnavailableError."""
         try:
-            with prompts_of_request(prompts):
-                return self._whole(await self._isolation.run(lambda: self._attempt(work)))
-        except UnavailableError:
-            raise
-        except EngineEndedError:
-            return self.failed(work, KILLER, KILLER_MESSAGE)
+            async with self._gate.turn(deaths):
+                return self._whole(await self._result(work))
+        except UnavailableError as error:
+            deaths.note(error.message)
+            if deaths.verdict is None:
+                raise
+            return self.failed(work, KILLER, deaths.verdict)
         except SensoriumError as error:
             return self._failed(error)
-
-    async def _attempt(self, work: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the columns of a row's output. Raises SensoriumError, EngineEndedError."""
-        try:
-            return await self._result(work)
-        except EngineDeadError as error:
-            if ENDED in error.message:
-                raise EngineEndedError from error
-            raise
 
     def _whole(self, columns: dict[str, Any]) -> dict[str, Any]:
         """Return columns with those that are missing as None."""
@@ -134,7 +128,7 @@ class PromptPreparation(PromptStage):
 
     async def run(self, work: Mapping[str, Any], prompts: Prompts) -> dict[str, Any] | None:
         """Return the columns of an error; None for a prompt that is ready."""
-        columns = await patiently(lambda: self._columns(work, prompts))
+        columns = await self._columns(work, prompts)
         return columns if columns is not None and columns.get("error") else None
 
     async def _new_frontend(self) -> Frontend:
@@ -146,7 +140,7 @@ class PromptAnswer(PromptStage):
 
     async def run(self, work: Mapping[str, Any], prompts: Prompts) -> dict[str, Any]:
         """Return the columns of a row's output, or of its error."""
-        columns = await patiently(lambda: self._columns(work, prompts))
+        columns = await self._columns(work, prompts)
         return columns or self._failed(EngineDeadError("The engine was away for too long."))
 
     async def _new_frontend(self) -> Frontend:

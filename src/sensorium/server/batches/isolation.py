@@ -1,7 +1,8 @@
 """Finds the request that ends its engine among those that run at the same time.
 
-Whatever runs when an engine ends is suspected. Each suspect runs again with no other beside it:
-what ends the engine alone, again and again, has failed, and the others get their answers.
+Whatever runs when an engine ends is suspected. Each suspect runs again with no other of this
+program beside it: what ends the engine again and again has failed, and the others get their
+answers. Requests of others may run beside a suspect; only an engine knows, and says in the error.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
-from blake3 import blake3
 
-from sensorium.errors import ENDED, UnavailableError
+from sensorium.errors import ENDED, ENDED_ALONE, UnavailableError
 from sensorium.server.batches.calls import Caller, Reply
 
 MOST_ALONE = 2
-"""Times that a request may end its engine while it runs alone."""
+"""Times that an engine may end while it runs a request and nothing else."""
+MOST_BESIDE = 6
+"""Times that it may end while it runs a request beside those of others, or may do so."""
 PATIENCE = 600.0
 """Seconds for which a request is tried again while its engine is being replaced."""
 LATER = frozenset({429, 502, 503})
@@ -28,18 +31,51 @@ LATER = frozenset({429, 502, 503})
 FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0
 KILLER = "engine_ended"
 """Code of the error of a request that ended its engine."""
-KILLER_MESSAGE = f"The engine ended each of the {MOST_ALONE} times that it ran this request alone."
+_ALONE = f"The engine ended each of the {MOST_ALONE} times that it ran this request alone."
+_BESIDE = (
+    f"The engine ended each of the {MOST_BESIDE} times that it ran this request. Requests of "
+    "others may have run beside it each time, one of which may be the cause: run it again on an "
+    "engine that nobody else uses."
+)
 _UNAVAILABLE = 503
 
 _Result = TypeVar("_Result")
 
 
-class EngineEndedError(Exception):
-    """An engine ended while it ran a request."""
+@dataclass(slots=True)
+class Deaths:
+    """Ends of an engine while it ran one request: ``alone``, or ``beside`` those of others.
+
+    The first one beside others is not counted: that is how a request becomes a suspect.
+    """
+
+    alone: int = 0
+    beside: int = 0
+    is_suspect: bool = False
+
+    def note(self, message: str) -> None:
+        """Count an end of the engine where the message of an error tells of one."""
+        if ENDED_ALONE in message:
+            self.alone += 1
+        elif ENDED in message:
+            self.beside += self.is_suspect
+        else:
+            return
+        self.is_suspect = True
+
+    @property
+    def verdict(self) -> str | None:
+        """Return the message of the error of a request that has failed; None for now."""
+        if self.alone >= MOST_ALONE:
+            return _ALONE
+        return _BESIDE if self.beside >= MOST_BESIDE else None
 
 
 class Gate:
-    """Lets requests through beside each other, or one alone. Belongs to one event loop."""
+    """Lets requests through beside each other, or one alone. Belongs to one event loop.
+
+    Shared by all whose requests one engine runs.
+    """
 
     def __init__(self) -> None:
         self._num_beside = 0
@@ -47,6 +83,10 @@ class Gate:
         """Those that run or wait to run alone; at most one of them runs."""
         self._is_alone = False
         self._waiters: list[asyncio.Future[None]] = []
+
+    def turn(self, deaths: Deaths) -> AbstractAsyncContextManager[None]:
+        """Run a request beside others, or a suspect alone."""
+        return self.alone() if deaths.is_suspect else self.beside()
 
     @asynccontextmanager
     async def beside(self) -> AsyncIterator[None]:
@@ -87,83 +127,19 @@ class Gate:
                 waiter.set_result(None)
 
 
-class Isolation:
-    """Runs requests beside each other, and the suspects alone. Belongs to one event loop."""
+async def in_turn(caller: Caller, gate: Gate, deaths: Deaths, url: str, body: bytes) -> Reply:
+    """Return the answer to one attempt of a request, whose ``deaths`` are counted.
 
-    def __init__(self) -> None:
-        self._gate = Gate()
-        self._is_away = False
-        """True once a suspect has waited for the engine in vain: the next ones ask it once.
-
-        Not any more when the engine answers, or ends while it runs something.
-        """
-
-    async def run(self, attempt: Callable[[], Awaitable[_Result]]) -> _Result:
-        """Return what an attempt gives, which raises EngineEndedError when its engine ended.
-
-        Raises EngineEndedError for a request that ended its engine alone ``MOST_ALONE`` times,
-        UnavailableError when the engine was away for too long, and what ``attempt`` raises else.
-        """
-        try:
-            async with self._gate.beside():
-                answered = await attempt()
-            self._is_away = False
-            return answered
-        except EngineEndedError:
-            self._is_away = False
-        async with self._gate.alone():
-            for number in range(MOST_ALONE):
-                try:
-                    result = await patiently(attempt, 0.0 if self._is_away else PATIENCE)
-                except EngineEndedError:
-                    self._is_away = False
-                    if number == MOST_ALONE - 1:
-                        raise
-                    continue
-                self._is_away = result is None
-                if result is None:
-                    raise UnavailableError("The engine was away for too long.")
-                return result
-        raise AssertionError
-
-
-class IsolatingCaller:
-    """``Caller`` whose requests that end an engine get an error of their own, which is final.
-
-    A suspect that is refused for now, or ends its engine, is refused with 503 until it is called
-    again: who calls decides how long that goes on. ``gate``: shared by callers of one engine, whose
-    requests run beside each other.
+    A final error in its place where the request has ended its engine too often. Raises as
+    ``Caller.call``.
     """
-
-    def __init__(self, caller: Caller, gate: Gate | None = None) -> None:
-        self._caller = caller
-        self._gate = gate or Gate()
-        self._suspects: dict[bytes, int] = {}
-        """Times that each suspect has ended its engine alone, by the digest of the request."""
-
-    async def call(self, url: str, body: bytes) -> Reply:
-        """See ``Caller.call``."""
-        key = blake3(url.encode() + b"\0" + body).digest()
-        if key not in self._suspects:
-            async with self._gate.beside():
-                reply = await self._caller.call(url, body)
-            if _has_ended(reply):
-                self._suspects[key] = 0
-            return reply
-        async with self._gate.alone():
-            reply = await self._caller.call(url, body)
-        if _has_ended(reply):
-            self._suspects[key] = self._suspects.get(key, 0) + 1
-            if self._suspects[key] < MOST_ALONE:
-                return reply
-            reply = error_reply(KILLER, KILLER_MESSAGE)
-        if reply.status not in LATER:
-            self._suspects.pop(key, None)
-        return reply
-
-
-def _has_ended(reply: Reply) -> bool:
-    return reply.status == _UNAVAILABLE and ENDED.encode() in reply.body
+    async with gate.turn(deaths):
+        reply = await caller.call(url, body)
+    if reply.status == _UNAVAILABLE:
+        deaths.note(reply.body.decode(errors="replace"))
+        if deaths.verdict is not None:
+            return error_reply(KILLER, deaths.verdict)
+    return reply
 
 
 def error_reply(code: str, message: str) -> Reply:
@@ -172,26 +148,41 @@ def error_reply(code: str, message: str) -> Reply:
     return Reply(500, "", msgspec.json.encode({"error": error}), is_final=True)
 
 
-async def patiently(
-    attempt: Callable[[], Awaitable[_Result]],
-    patience: float = PATIENCE,
-    clock: Callable[[], float] = time.monotonic,
-) -> _Result | None:
-    """Return what an attempt gives, repeated while it is refused for now.
+class Patience:
+    """Repeats requests while their engine is being replaced. Shared by those of one engine.
 
-    None after ``patience`` seconds.
+    Used on one event loop. A request that waits for its turn loses no patience while the engine
+    answers others, or ends while it runs them: it was there.
     """
-    ends, wait = clock() + patience, FIRST_WAIT
-    while True:
-        asked: float | None = None
-        try:
-            result = await attempt()
-            if not isinstance(result, Reply) or result.status not in LATER or result.is_final:
-                return result
-            asked = result.retry_after
-        except UnavailableError as error:
-            asked = error.retry_after
-        if clock() >= ends:
-            return None
-        await asyncio.sleep(max(wait * random.uniform(1.0, 1.5), min(asked or 0.0, LONGEST_WAIT)))
-        wait = min(2 * wait, LONGEST_WAIT)
+
+    def __init__(
+        self, seconds: float = PATIENCE, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._seen_at = float("-inf")
+
+    async def repeat(self, attempt: Callable[[], Awaitable[_Result]]) -> _Result | None:
+        """Return what an attempt gives, repeated while it is refused for now.
+
+        None when the engine has been away for too long.
+        """
+        began, wait = self._clock(), FIRST_WAIT
+        while True:
+            asked: float | None = None
+            try:
+                result = await attempt()
+            except UnavailableError as error:
+                asked, message = error.retry_after, error.message
+            else:
+                if not isinstance(result, Reply) or result.status not in LATER or result.is_final:
+                    self._seen_at = self._clock()
+                    return result
+                asked, message = result.retry_after, result.body.decode(errors="replace")
+            if ENDED in message:
+                self._seen_at = self._clock()
+            if self._clock() - max(began, self._seen_at) >= self._seconds:
+                return None
+            pause = wait * random.uniform(1.0, 1.5)
+            await asyncio.sleep(max(pause, min(asked or 0.0, LONGEST_WAIT)))
+            wait = min(2 * wait, LONGEST_WAIT)

@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,8 +21,9 @@ from sensorium.server.batches.isolation import (
     FIRST_WAIT,
     LATER,
     LONGEST_WAIT,
+    Deaths,
     Gate,
-    IsolatingCaller,
+    in_turn,
 )
 from sensorium.server.batches.lines import BadLine, Line, output_id
 from sensorium.server.batches.slots import Slot, Slots
@@ -80,7 +81,7 @@ _refusal = msgspec.json.Decoder(_Refusal)
 
 @dataclass(slots=True, eq=False)
 class _Task:
-    """A line that is being run: since when, its next pause, and how often its model failed.
+    """A line that is being run: since when, its next pause, how often its model or engine failed.
 
     ``last_call``: number of the last call of the run that was open when the line's time was over.
     """
@@ -90,6 +91,7 @@ class _Task:
     since: float
     wait: float = 0.0
     num_failed: int = 0
+    deaths: Deaths = field(default_factory=Deaths)
     last_call: int | None = None
     is_aside: bool = False
 
@@ -121,7 +123,8 @@ class LineRunner:
         gate: Gate | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._caller = IsolatingCaller(caller, gate)
+        self._caller = caller
+        self._gate = gate or Gate()
         self._num_at_once = num_at_once
         self._patience = patience
         self._slots = slots or Slots(num_at_once)
@@ -236,7 +239,7 @@ class LineRunner:
         while not self.stopping.is_set():
             reply: Reply | None = None
             try:
-                reply = await self._call(line)
+                reply = await self._call(line, task.deaths)
             except UnavailableError as error:
                 if self._clock() >= self._ends(task):
                     self._give_up(error, is_away=True)
@@ -259,13 +262,13 @@ class LineRunner:
                 await task.slot.take()
         return None
 
-    async def _call(self, line: Line) -> Reply:
-        """Return the answer to a line. Raises UnavailableError when none comes."""
+    async def _call(self, line: Line, deaths: Deaths) -> Reply:
+        """Return the answer to a line in its turn. Raises UnavailableError when none comes."""
         number = next(self._numbers)
         limit = self._open[number] = asyncio.timeout(None)
         try:
             async with limit:
-                return await self._caller.call(line.url, line.body)
+                return await in_turn(self._caller, self._gate, deaths, line.url, line.body)
         except TimeoutError as error:
             if not limit.expired():
                 raise
