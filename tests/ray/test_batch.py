@@ -57,7 +57,9 @@ class Killer(threading.Thread):
                         return
 
 
-def test_a_worker_is_killed_and_a_run_goes_on(ray_address: str, tmp_path: Path) -> None:
+def test_a_worker_is_killed_and_a_run_goes_on(
+    ray_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, output, errors = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "bad.jsonl"))
     texts = [json.dumps(line(number)) for number in range(1, NUM_LINES + 1)]
     source.write_text("\n".join([*texts[:50], "", *texts[50:]]) + "\n")  # one blank line
@@ -75,6 +77,8 @@ def test_a_worker_is_killed_and_a_run_goes_on(ray_address: str, tmp_path: Path) 
     killer.join()
     assert killer.killed is not None
     assert status == 1  # some lines have failed
+    shown = capsys.readouterr()
+    assert "(raylet)" not in shown.out + shown.err
 
     answered, failed = entries(output), entries(errors)
     numbers = [int(entry["id"].rpartition("_")[2]) for entry in answered + failed]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -131,7 +132,28 @@ def _packed(given: dict[str, Any], change: Change | None) -> dict[str, bytes]:
     seen = dict(change(dict(row))) if change is not None else row
     work = {name: value for name, value in seen.items() if name in READ}
     kept = row | {name: value for name, value in seen.items() if name not in READ}
-    return {COLUMN: packed(Row(work or dict.fromkeys(seen), kept))}
+    return {COLUMN: packed(Row(work or dict.fromkeys(seen), kept, key=_key()))}
+
+
+class _Place(threading.local):
+    """Place in the output of the task that runs in this thread."""
+
+    task: str | None = None
+    num_rows = 0
+
+
+_place = _Place()
+
+
+def _key() -> str:
+    """Return the name of the next row of a task, the same when the task runs again."""
+    import ray
+
+    task = ray.get_runtime_context().get_task_id()
+    if task != _place.task:
+        _place.task, _place.num_rows = task, 0
+    _place.num_rows += 1
+    return f"{task}-{_place.num_rows}"
 
 
 def _plain(value: Any) -> Any:

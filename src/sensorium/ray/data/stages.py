@@ -1,7 +1,7 @@
 """The two stages as Ray Data runs them: actors that take batches of rows, several at a time.
 
-Ray runs a batch again when its actor is lost. What it makes then must come in the same order, since
-some of it may have been handed on before: rows leave an actor in the order in which they came.
+Ray runs a batch again when its actor is lost. Some of what it makes then may have been handed on
+before: rows leave an actor in the order in which they came, and of the same size (``attempts.py``).
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import math
 import os
 import pickle
 import secrets
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sensorium.config import MIB, EngineConfig
@@ -24,6 +23,7 @@ from sensorium.models.needs import NVIDIA
 from sensorium.multimodal.shared_memory import MEMORY_FOLDER, place_below
 from sensorium.multimodal.workers.event_loop import LoopThread
 from sensorium.processes.private_folder import PrivateFolder
+from sensorium.ray.data.attempts import counted_attempts
 from sensorium.ray.data.fronts import Prompts
 from sensorium.ray.data.lines import Stage
 from sensorium.ray.data.room import Room
@@ -43,6 +43,14 @@ HELD_BYTES = 512 * MIB
 LOST = "process_lost"
 """Code of the error of a row whose process was lost."""
 _LOST_MESSAGE = f"The process was lost each of the {MOST_ALONE} times that it ran this row alone."
+_GREW = (
+    "The row ran again, as its process was lost when some rows beside it had been handed on. It "
+    "has more bytes than the first time, for which there is no place any more."
+)
+SPARE_BYTES, SPARE_SHARE = 1024, 0.125
+"""Room for what another attempt has more: bytes, and a share of the row."""
+DIVIDED_SHARE = 0.5
+"""Share of the bytes at which Ray divides what a task makes: with less it is one block for sure."""
 _UNFORESEEN = "internal_error"
 _THREADS = "OMP_NUM_THREADS"
 _CALLS_AT_ONCE = 8
@@ -96,21 +104,25 @@ class Pool:
 
 
 def packed(row: Row) -> bytes:
-    """Return a row as a cell of a table."""
+    """Return a row as a cell of a table, without the request where that has a result."""
+    row = row if row.result is None else replace(row, work=None)
     return pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
 
 
 def unpacked(cell: Any) -> Row:
-    """Return the row in a cell, which is anything with the interface of buffers."""
+    """Return the row in a cell, anything with the interface of buffers; more may follow it."""
     row: Row = pickle.loads(cell)
     return row
 
 
 def table_of(rows: Sequence[Row]) -> pyarrow.Table:
     """Return rows as a table of one column."""
+    return _table_of_cells([packed(row) for row in rows])
+
+
+def _table_of_cells(cells: Sequence[bytes]) -> pyarrow.Table:
     import pyarrow
 
-    cells = [packed(row) for row in rows]
     return pyarrow.table({COLUMN: pyarrow.array(cells, pyarrow.large_binary())})
 
 
@@ -119,55 +131,17 @@ def rows_of(table: pyarrow.Table) -> list[Row]:
     return [unpacked(cell.as_buffer()) for cell in table.column(COLUMN)]
 
 
-class Attempts:
-    """Actor that counts what was begun and not ended, as its process was lost.
-
-    Ray runs rows again, and starts processes again, without a limit. A row that ends its process
-    each time must not do so for ever, nor take those along that ran beside it.
-    """
-
-    def __init__(self) -> None:
-        self._begun: Counter[str] = Counter()
-        self._alone: Counter[str] = Counter()
-        self._starts: Counter[str] = Counter()
-
-    def begin(self, keys: Sequence[str]) -> list[int]:
-        """Count an attempt of each row; return how many there have been."""
-        self._begun.update(keys)
-        return [self._begun[key] for key in keys]
-
-    def begin_alone(self, key: str) -> int:
-        """Count an attempt of a row that runs alone; return how many there have been."""
-        self._alone[key] += 1
-        return self._alone[key]
-
-    def end_alone(self, key: str) -> None:
-        """Forget the attempts of a row that has run alone."""
-        self._alone.pop(key, None)
-
-    def end(self, keys: Sequence[str]) -> None:
-        """Forget rows that are done."""
-        for key in keys:
-            self._begun.pop(key, None)
-            self._alone.pop(key, None)
-
-    def begin_start(self, stage: str) -> int:
-        """Count a process of a stage that starts; return how many have started and not got ready.
-
-        Some may be starting now.
-        """
-        self._starts[stage] += 1
-        return self._starts[stage]
-
-    def end_start(self, stage: str) -> None:
-        """Note that a process of a stage is ready: what was lost before does not count any more."""
-        self._starts.pop(stage, None)
-
-
 class Preparation:
     """First stage in an actor. Rows that have a result pass.
 
-    Rows that ran when a process was lost run again alone. ``num_processes``: those of the stage.
+    Rows that ran when a process was lost run again alone.
+
+    Args:
+        make: Returns the work of the stage.
+        attempts: Handle of the ``Attempts`` of the stage.
+        threads: Value of ``OMP_NUM_THREADS``; unset if None.
+        num_processes: Processes of the stage.
+        block_bytes: Bytes at which Ray divides what a task makes into blocks; None if it does not.
 
     Attributes:
         room: Room for the features of rows that are not handed on yet.
@@ -176,9 +150,15 @@ class Preparation:
     keeps_prompts = True
 
     def __init__(
-        self, make: Callable[[], Stage], attempts: Any, threads: str | None, num_processes: int
+        self,
+        make: Callable[[], Stage],
+        attempts: Any,
+        threads: str | None,
+        num_processes: int,
+        block_bytes: int | None,
     ) -> None:
         self._attempts = attempts
+        self._least_divided = math.inf if block_bytes is None else DIVIDED_SHARE * block_bytes
         # Ray sets it to the number of reserved CPUs; the driver's counts, or none.
         os.environ.pop(_THREADS, None)
         if threads is not None:
@@ -203,14 +183,19 @@ class Preparation:
         keys = [row.key for row in rows if row.result is None]
         running = self._loop.submit(self._begun([row for row in rows if row.result is None]))
         tasks = dict(zip(keys, running.result(), strict=True))
-        for row in rows:
-            task = tasks.get(row.key)
-            num_bytes = 0 if task is None else self._loop.submit(_ended(task)).result()
-            table = table_of([row])
-            row.prompts = Prompts()
-            self._loop.submit(self._left(num_bytes))
-            yield table
-        self._attempts.end.remote(keys)
+        try:
+            for row in rows:
+                if row.key in tasks:
+                    self._loop.submit(_ended(tasks[row.key])).result()
+                table = self._table(row)
+                row.prompts = Prompts()
+                self._leave([tasks.pop(row.key)] if row.key in tasks else [])
+                yield table
+        finally:
+            # What is left when Ray wants no more, or something was raised. Nobody waits for it:
+            # an abandoned generator may be ended in any thread, that of the loop among them.
+            self._leave(list(tasks.values()))
+            self._attempts.end.remote(keys)
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
@@ -258,9 +243,46 @@ class Preparation:
             entered.num_bytes = row.prompts.num_bytes
         return entered.num_bytes
 
-    async def _left(self, num_bytes: int) -> None:
-        """Give up what a row has held."""
-        self.room.leave(num_bytes)
+    def _leave(self, tasks: Sequence[asyncio.Task[int]]) -> None:
+        """End tasks of rows that run still, and give up what rows hold, as soon as may be."""
+        if not tasks:
+            return
+
+        async def left() -> None:
+            for task in tasks:
+                task.cancel()
+            for found in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(found, int):
+                    self.room.leave(found)
+
+        with contextlib.suppress(RuntimeError):  # the actor itself has ended
+            self._loop.submit(left())
+
+    def _table(self, row: Row) -> pyarrow.Table:
+        """Return a row as a table of as many bytes as in the first attempt.
+
+        Where it has more now, it goes without its prompts, which the next stage can prepare, or
+        becomes an error. Raises RuntimeError if even that is too large, which ends the run.
+        """
+        cell = packed(row)
+        wanted = self._size(row, len(cell))
+        if wanted is None:
+            return _table_of_cells([cell])
+        if len(cell) > wanted and row.result is None:
+            cell = packed(replace(row, prompts=Prompts()))
+        if len(cell) > wanted:
+            result = self._stage.failed(row.work, LOST, _GREW)
+            cell = packed(replace(row, prompts=Prompts(), result=result))
+        if len(cell) > wanted:
+            raise RuntimeError(f"{_GREW} Run it again with fewer rows at a time (batch_size).")
+        return _table_of_cells([cell.ljust(wanted, b"\0")])
+
+    def _size(self, row: Row, num_bytes: int) -> int | None:
+        """Return the bytes that a row's cell of ``num_bytes`` must have; None for any."""
+        with_spare = num_bytes + int(SPARE_SHARE * num_bytes) + SPARE_BYTES
+        asked = self._attempts.size.remote(_task_id(), row.key, with_spare, self._least_divided)
+        size: int | None = asked.future().result()
+        return size
 
     async def _run_alone(self, row: Row) -> None:
         """Run a row whose process was lost before, unless it was so too often."""
@@ -277,8 +299,6 @@ class Preparation:
             logger.exception("a row could not be run")
             message = f"An unforeseen {type(error).__name__}: the log of the process says more."
             row.result = self._stage.failed(row.work, _UNFORESEEN, message)
-        if row.result is not None:
-            row.work = None
 
 
 class Answering(Preparation):
@@ -295,6 +315,14 @@ async def _told(reference: Any) -> Any:
 async def _ended(task: asyncio.Task[int]) -> int:
     """Return what a task of this event loop gives."""
     return await task
+
+
+def _task_id() -> str:
+    """Return the id of the task of Ray in this thread, which is the same when it runs again."""
+    import ray
+
+    # Asked for its context, Ray would start a cluster where there is none.
+    return str(ray.get_runtime_context().get_task_id()) if ray.is_initialized() else ""
 
 
 def _memory_folder() -> str:
@@ -317,24 +345,20 @@ def through_stages(
 ) -> Dataset:
     """Return rows with results, or without one where an engine was away for too long."""
     threads = os.environ.get(_THREADS)
+    block_bytes = rows.context.target_max_block_size
     for stage, make, pool in (
         (Preparation, prepare, preparing),
         (Answering, answer, answering),
     ):
         # One for each stage: the first may go on with a batch of which the second has rows already.
-        rows = _mapped(rows, stage, (make, counted_attempts(), threads, pool.most), pool)
+        rows = mapped(
+            rows, stage, (make, counted_attempts(), threads, pool.most, block_bytes), pool
+        )
     return rows
 
 
-def counted_attempts() -> Any:
-    """Start the actor that counts attempts. Returns its handle."""
-    import ray
-
-    # Where its machine is lost, it starts again and has forgotten all, which does no harm.
-    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
-
-
-def _mapped(rows: Dataset, stage: type, arguments: tuple[Any, ...], pool: Pool) -> Dataset:
+def mapped(rows: Dataset, stage: type, arguments: tuple[Any, ...], pool: Pool) -> Dataset:
+    """Return rows after a stage, whose actors are made of ``arguments``."""
     from ray.data import ActorPoolStrategy
 
     return rows.map_batches(
