@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 from ray.serve.exceptions import RayServeException
 
 from sensorium.config import EngineConfig, engine_config
 from sensorium.engine import wire
+from sensorium.engine.executor import device_name
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import EngineDeadError
 from sensorium.models.loading import checkpoint
@@ -148,19 +150,6 @@ async def test_what_was_given_up_may_be_offered_again(index: Any) -> None:
         [reference] = [await index.find.remote(b"model" + b"a")]
         await index.forget.remote(b"model" + b"a", reference)
         assert await shared.find(item(b"a")) is None
-
-
-async def test_items_of_one_id_and_other_contents_are_told_apart(index: Any) -> None:
-    one, other = (SharedEmbeddings(index, b"model", FACTS) for _ in range(2))
-    red, blue = (
-        MediaItem("image", b"id", Features("image", {}, 4, content=content))
-        for content in (b"red", b"blue")
-    )
-    client: Any = FakeClient({b"id": BITS})
-    one.offer([red], client)
-    await one.settled()
-    assert await other.find(blue) is None
-    assert await other.find(red) is not None
 
 
 class Other:
@@ -322,8 +311,11 @@ def test_encoders_whose_bits_differ_share_nothing() -> None:
     others = {
         "dtype": EngineFacts(64, 4, 16, 64, "cpu", "float16", 1, 0.0),
         "device": EngineFacts(64, 4, 16, 64, "cuda:0", "bfloat16", 1, 0.0),
+        "kind": EngineFacts(64, 4, 16, 64, "cuda:1", "bfloat16", 1, 0.0, device_name="T4 7.5"),
     }
-    assert all(space("demo", facts) != one for facts in others.values())
+    found = {space("demo", facts) for facts in others.values()}
+    assert len(found) == 3
+    assert one not in found
 
 
 def test_copies_of_a_checkpoint_are_told_apart_by_any_change(tmp_path: Path) -> None:
@@ -354,3 +346,11 @@ def test_a_file_of_the_hubs_cache_is_told_by_its_name_there(tmp_path: Path) -> N
         (folder / "model.safetensors").symlink_to(blob)
     one, two, three = map(identity_of_checkpoint, folders)
     assert one == two != three
+
+
+def test_gpus_are_told_apart_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [("NVIDIA T4", (7, 5)), ("NVIDIA H200", (9, 0))]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: kinds[device.index][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: kinds[device.index][1])
+    found = [device_name(torch.device(name)) for name in ("cuda:0", "cuda:1", "cpu")]
+    assert found == ["NVIDIA T4 7.5", "NVIDIA H200 9.0", ""]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,15 +12,16 @@ import numpy as np
 import pytest
 import ray
 import torch
+from PIL import Image
 from ray.serve.exceptions import RayServeException
 
 from sensorium.errors import MediaNotCachedError
-from sensorium.multimodal.items import Features, MediaItem
+from sensorium.multimodal.items import Features, MediaItem, MediaRef
 from sensorium.multimodal.shared_memory import SharedArraysFolder
 from sensorium.ray.media import index as indexes
 from sensorium.ray.media import names
 from sensorium.ray.media.features import FeaturesOut
-from sensorium.ray.media.index import SharedRef
+from sensorium.ray.media.index import SharedRef, own_node
 from sensorium.ray.media.names import NamesElsewhere, NamesIndex
 from tests.multimodal.pipelines import Setup, cached_ref, embeds_ref, object_ref
 from tests.ray.indexes import emptied
@@ -154,23 +156,67 @@ async def test_what_died_with_a_process_is_offered_by_one_that_has_it(
 async def test_what_is_no_features_is_forgotten(directory: Any, about: Any) -> None:
     here = NamesElsewhere(directory, FeaturesOut())
     data = ray.put({"pixels": RED})
-    await directory.keep.remote(b"a", SharedRef(data, 7, about))
+    await directory.keep.remote(b"a", SharedRef(data, 7, about, own_node()))
+    assert await directory.stats.remote() == (1, 7)
     assert await here.find(b"a") is None
     await emptied(directory)
 
 
+class Away:
+    """A directory that answers nobody."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.find = self.keep = self
+
+    async def remote(self, *_: object) -> None:
+        self.asked += 1
+        await asyncio.sleep(0)
+        raise RayServeException("unavailable")
+
+
+async def test_other_items_under_one_id_in_two_processes_do_not_mix(ray_address: str) -> None:
+    """Neither has heard of the other's when it comes; engines are asked by the items' digests."""
+    one, other = Process(Away()), Process(Away())
+    for first, second in (
+        (bytes_ref(RED), bytes_ref(BLUE)),
+        (embeds_ref(torch.ones(2, 8), "a"), embeds_ref(torch.zeros(2, 8), "a")),
+    ):
+        [mine], [yours] = await one.load(first), await other.load(second)
+        assert mine.digest != yours.digest
+        [again], [same] = await one.load(cached_ref("a")), await other.load(first)
+        assert (again.digest, same.digest) == (mine.digest, yours.digest)
+        one, other = Process(Away()), Process(Away())
+    [red], [copy] = await one.load(bytes_ref(RED)), await other.load(bytes_ref(RED))
+    assert red.digest == copy.digest
+
+
+def bytes_ref(pixels: np.ndarray) -> MediaRef:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return MediaRef("image", "bytes", file.getvalue(), "a", "p")
+
+
+async def test_each_machine_has_room_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of its store, and what comes to a full one takes no room of another's."""
+    nodes = [
+        {"NodeID": name, "Alive": name != "gone", "Resources": {"object_store_memory": store}}
+        for name, store in (("small", 400.0), ("large", 4000.0), ("gone", 4000.0))
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    index = NamesIndex(10_000)
+    for number, (node, num_bytes) in enumerate(
+        [("large", 900), ("small", 60), ("small", 60), ("small", 101), ("gone", 1)]
+    ):
+        reference: Any = SharedRef(None, num_bytes, node=node)  # type: ignore[arg-type]
+        await index.keep(str(number).encode(), reference)
+    assert await index.stats() == (2, 960)
+    assert await index.find(b"1") is None
+    assert await index.find(b"2") is not None
+
+
 async def test_two_requests_for_an_id_ask_once() -> None:
-    class Directory:
-        def __init__(self) -> None:
-            self.asked = 0
-            self.find = self
-
-        async def remote(self, _: bytes) -> None:
-            self.asked += 1
-            await asyncio.sleep(0)
-            raise RayServeException("unavailable")
-
-    directory = Directory()
+    directory = Away()
     process = Process(directory)
     loads = [process.media.load(cached_ref("a")) for _ in range(2)]
     found = await asyncio.gather(*loads, return_exceptions=True)

@@ -183,11 +183,35 @@ async def test_a_replica_that_dies_fails_what_ran_on_it_and_nothing_else(server:
     await asyncio.to_thread(wait_for, is_whole)
 
 
+def check_ids_of_media(url: str) -> None:
+    """An item that one process for HTTP got is found by its id in each of several.
+
+    Each request has a connection of its own, for which Ray chooses a process by chance.
+    """
+
+    def asked(source: str | None) -> httpx.Response:
+        part = {"type": "image_url", "image_url": source and {"url": source}, "uuid": "any"}
+        text = {"type": "text", "text": "What is this?"}
+        message = {"role": "user", "content": [part, text]}
+        body = {"model": "demo", "messages": [message], "max_tokens": 4, "temperature": 0}
+        return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+
+    def text_of(answer: httpx.Response) -> str:
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    expected = text_of(asked(picture_url()))
+    # Another process knows of it a moment later.
+    wait_for(lambda: all(asked(None).status_code == 200 for _ in range(24)))
+    assert text_of(asked(None)) == expected
+
+
 async def test_an_update_in_place_fails_no_request(
     server: Server, ray_address: str, tmp_path: Path
 ) -> None:
+    """It brings other options of the engines, and a second process for HTTP."""
     ended = asyncio.Event()
     flags = (*FLAGS, "--ray-address", ray_address, "--max-num-seqs", "32")
+    flags = (*flags, "--api-server-count", "2")
     before = set(metrics(server.url, "engine_up"))
     log = tmp_path / "log.txt"
     log.touch()
@@ -209,6 +233,7 @@ async def test_an_update_in_place_fails_no_request(
         return len(up) == 2 and not set(up) & before
 
     await asyncio.to_thread(wait_for, is_new)
+    await asyncio.to_thread(check_ids_of_media, second.url)
     assert server.stop(signal.SIGINT) == 0
     assert httpx.get(f"{second.url}/health").status_code == 200, "the first start let it be"
     assert second.stop(signal.SIGINT) == 0

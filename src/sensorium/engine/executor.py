@@ -242,7 +242,16 @@ def _facts(
         embed_bytes=model.shape.embed_size * model.dtype.itemsize,
         cache_dtype=str(layout.dtype).removeprefix("torch."),
         num_ranks=config.parallel.tensor_parallel_size,
+        device_name=device_name(model.device),
     )
+
+
+def device_name(device: torch.device) -> str:
+    """Return the kind of a GPU and its compute capability; nothing for a CPU."""
+    if device.type != "cuda":
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} {major}.{minor}"
 
 
 def _lanes(

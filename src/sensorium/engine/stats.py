@@ -124,7 +124,8 @@ class AdapterFacts:
 class EngineFacts:
     """Facts that an engine found at its start, and its adapters now.
 
-    ``embed_bytes`` is one item embedding's, ``cache_dtype`` that of keys and values.
+    ``embed_bytes`` is one item embedding's, ``cache_dtype`` that of keys and values,
+    ``device_name`` the kind of a GPU and its compute capability, empty for a CPU.
     """
 
     max_model_len: int
@@ -139,3 +140,4 @@ class EngineFacts:
     adapters: tuple[AdapterFacts, ...] = ()
     cache_dtype: str = ""
     num_ranks: int = 1
+    device_name: str = ""

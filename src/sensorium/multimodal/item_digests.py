@@ -69,10 +69,13 @@ class ItemDigests:
         return await self._workers.run(digests.text_digest, url)
 
 
-def with_length(item: MediaItem) -> MediaItem:
-    """Return an item that a caller named, with its length in its digest.
+def with_content(item: MediaItem) -> MediaItem:
+    """Return an item that a caller named, with its content and length in its digest.
 
-    If the name is used again for an item of another length, embeddings in a cache would not fit.
+    The id may have been used for another item before, or in another process: behind the pipeline
+    what was made of one must not stand for the other. Where the content was not hashed, as that of
+    an object of the caller's, embeddings in a cache at least fit.
     """
-    digest = digests.framed("sized", [item.digest, item.features.num_embeds])
+    features = item.features
+    digest = digests.framed("named", [item.digest, features.content, features.num_embeds])
     return dataclasses.replace(item, digest=digest)

@@ -28,7 +28,7 @@ from sensorium.multimodal.context import LoadContext
 from sensorium.multimodal.decode.loaders import LOADERS, DecodeJob, Prepared
 from sensorium.multimodal.fetch.fetcher import Fetcher, is_data_url, is_local
 from sensorium.multimodal.files import FileOpener
-from sensorium.multimodal.item_digests import ItemDigests, with_length
+from sensorium.multimodal.item_digests import ItemDigests, with_content
 from sensorium.multimodal.items import (
     Features,
     Fetched,
@@ -188,7 +188,7 @@ class MediaPipeline:
                 else [await self._load_item(ref, context)]
             )
         is_named = self._digests.ids_matter and (ref.uuid or ref.uuids)
-        return [with_length(item) for item in items] if is_named else items
+        return [with_content(item) for item in items] if is_named else items
 
     async def _load_item(self, ref: MediaRef, context: LoadContext) -> MediaItem:
         """Load an item: from the cache by id or text of a ``data:`` URL, else by its content."""
@@ -343,9 +343,12 @@ class MediaPipeline:
                 content = await self._workers.run(digests.features_digest, features)
                 digest = self._digests.of_content(ref.modality, content, context)
             else:
-                self._cache.put(digest, features)
                 if self._elsewhere is not None:
+                    # Others may have taken other embeddings under this id at the same time.
+                    content = await self._workers.run(digests.features_digest, features)
+                    features = dataclasses.replace(features, content=content)
                     self._elsewhere.offer(digest, features)
+                self._cache.put(digest, features)
             items.append(MediaItem(ref.modality, digest, features))
         return items
 

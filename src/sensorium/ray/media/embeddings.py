@@ -23,7 +23,7 @@ from sensorium.engine.stats import EngineFacts
 from sensorium.models.loading import checkpoint
 from sensorium.models.loading.weight_files import identity_of_checkpoint
 from sensorium.multimodal.items import MediaItem
-from sensorium.ray.media.index import IndexClient, SharedRef
+from sensorium.ray.media.index import IndexClient, SharedRef, own_node
 
 logger = logging.getLogger(__name__)
 
@@ -86,16 +86,12 @@ class SharedEmbeddings:
             if found.dtype != self._dtype or not _is_bits(found.bits, shape):
                 return None
             reference = await asyncio.to_thread(ray.put, found.bits)
-            return SharedRef(reference, shape[0] * shape[1], found.dtype)
+            return SharedRef(reference, shape[0] * shape[1], found.dtype, own_node())
 
         self._client.offer(self._key(item), shape[0] * shape[1], made)
 
     def _key(self, item: MediaItem) -> bytes:
-        """Return the key of an item, by its content even where a caller's id is its identity.
-
-        Two processes for HTTP may have got different items under one id.
-        """
-        return self._space + item.digest + item.features.content
+        return self._space + item.digest
 
 
 def _is_bits(value: Any, shape: tuple[int, int]) -> bool:
@@ -119,8 +115,9 @@ def space_of(config: EngineConfig, facts: EngineFacts) -> bytes | None:
     """Return what tells the encoders of a model from others; None where it cannot be told.
 
     It covers this program, the checkpoint's files, options of the model, media and kernels, and
-    the device with its instructions: all that decides the bits of embeddings, besides the item,
-    whose digest has the processor's options. Reads pieces of the weights' files.
+    the device, a GPU by its name and a CPU by its instructions: all that decides the bits of
+    embeddings, besides the item, whose digest has the processor's options. Reads pieces of the
+    weights' files.
     """
     model = config.model
     if model.load_format == "dummy":
@@ -131,7 +128,7 @@ def space_of(config: EngineConfig, facts: EngineFacts) -> bytes | None:
         return None
     options = [msgspec.to_builtins(part) for part in (model, config.parallel, config.media)]
     kind = facts.device.partition(":")[0]
-    device = (kind, facts.dtype, facts.num_ranks, _instructions(kind))
+    device = (kind, facts.device_name, facts.dtype, facts.num_ranks, _instructions(kind))
     plain = msgspec.json.encode((__version__, files, options, device))
     return hashlib.sha256(plain).digest()[:16]
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -38,11 +38,21 @@ MOST_OFFERED = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class SharedRef:
-    """Reference to an object of ``num_bytes``. ``about``: small facts that are not part of it."""
+    """Reference to an object of ``num_bytes``.
+
+    ``about``: small facts that are not part of it. ``node``: id of the machine in whose store it
+    is; empty where that does not matter.
+    """
 
     data: ray.ObjectRef
     num_bytes: int
     about: Any = None
+    node: str = ""
+
+
+def own_node() -> str:
+    """Return the id of the machine of this process, in whose store lies what it puts there."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 class SharedIndex:
@@ -56,7 +66,8 @@ class SharedIndex:
     def __init__(self, most_bytes: int, most_entries: int = MOST_ENTRIES) -> None:
         self._most_bytes, self._most_entries = most_bytes, most_entries
         self._known: OrderedDict[bytes, SharedRef] = OrderedDict()
-        self._num_bytes = 0
+        self._num_bytes: Counter[str] = Counter()
+        """By the machine where they are."""
 
     async def find(self, key: bytes) -> SharedRef | None:
         """Return the reference under a key, None where there is none."""
@@ -68,11 +79,14 @@ class SharedIndex:
     async def keep(self, key: bytes, reference: SharedRef) -> None:
         """Keep a reference in place of the one before, and give up others where it is too much."""
         self._drop(key)
-        if reference.num_bytes > self._most_bytes:
+        node, most_there = reference.node, self.most_bytes_on(reference.node)
+        if reference.num_bytes > min(self._most_bytes, most_there):
             return
         self._known[key] = reference
-        self._num_bytes += reference.num_bytes
-        while self._num_bytes > self._most_bytes or len(self._known) > self._most_entries:
+        self._num_bytes[node] += reference.num_bytes
+        while self._num_bytes[node] > most_there:
+            self._drop(next(key for key, known in self._known.items() if known.node == node))
+        while self._num_bytes.total() > self._most_bytes or len(self._known) > self._most_entries:
             self._drop(next(iter(self._known)))
 
     async def forget(self, key: bytes, reference: SharedRef) -> None:
@@ -83,12 +97,16 @@ class SharedIndex:
 
     async def stats(self) -> tuple[int, int]:
         """Return the number of objects and their bytes."""
-        return len(self._known), self._num_bytes
+        return len(self._known), self._num_bytes.total()
+
+    def most_bytes_on(self, node: str) -> float:
+        """Return the bytes that objects on one machine may take; here as many as there are."""
+        return math.inf
 
     def _drop(self, key: bytes) -> None:
         gone = self._known.pop(key, None)
         if gone is not None:
-            self._num_bytes -= gone.num_bytes
+            self._num_bytes[gone.node] -= gone.num_bytes
 
 
 class IndexClient:

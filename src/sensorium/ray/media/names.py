@@ -9,6 +9,7 @@ salt, so nobody finds what another tenant has named.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ import ray
 
 from sensorium.multimodal.items import Features, MediaItem
 from sensorium.ray.media.features import FeaturesOut
-from sensorium.ray.media.index import IndexClient, SharedIndex, SharedRef
+from sensorium.ray.media.index import IndexClient, SharedIndex, SharedRef, own_node
 
 STORE_SHARE = 0.25
-"""Share of the object store that features under ids may take."""
+"""Share of a machine's object store that features under ids may take there."""
 DATA_SECONDS = 10.0
 """Most time that a request waits for features that the directory knows: without them it fails."""
 AGAIN_SECONDS = 10.0
@@ -27,11 +28,23 @@ AGAIN_SECONDS = 10.0
 
 
 class NamesIndex(SharedIndex):
-    """Deployment that is the directory. ``most_bytes``: of features, if the store is large."""
+    """Deployment that is the directory. ``most_bytes``: of features, if the stores are large."""
 
     def __init__(self, most_bytes: int) -> None:
-        store = ray.cluster_resources().get("object_store_memory", 0.0)
-        super().__init__(min(most_bytes, int(STORE_SHARE * store)))
+        super().__init__(most_bytes)
+        self._stores: dict[str, float] = {}
+        """Bytes of the object store of each machine that has been asked for."""
+
+    def most_bytes_on(self, node: str) -> float:
+        """Return the share of a machine's store; nothing on one that has gone."""
+        if node not in self._stores:
+            self._stores = {one["NodeID"]: _store_of(one) for one in ray.nodes()}
+        return STORE_SHARE * self._stores.get(node, 0.0)
+
+
+def _store_of(node: Mapping[str, Any]) -> float:
+    """Return the bytes of a machine's object store, of what Ray says of the machine."""
+    return float(node["Resources"].get("object_store_memory", 0.0)) if node["Alive"] else 0.0
 
 
 class NamesElsewhere:
@@ -59,7 +72,8 @@ class NamesElsewhere:
 
         async def made() -> SharedRef:
             [reference] = await self._features.references([item])
-            return SharedRef(reference.arrays, features.num_bytes, reference.item.features)
+            about = reference.item.features
+            return SharedRef(reference.arrays, features.num_bytes, about, own_node())
 
         self._client.offer(digest, features.num_bytes, made)
 
