@@ -260,7 +260,7 @@ def test_a_process_is_lost_and_each_row_comes_once(
     monkeypatch.setattr(dataset.context, "enable_progress_bars", False)
 
     def pack(row: dict[str, int]) -> dict[str, bytes]:
-        return {"row": packed(Row(row["id"], row["id"]))}
+        return {"row": packed(Row(row["id"], row["id"], key=str(row["id"])))}
 
     pool = Pool(1, 1, rows=192, num_cpus=0)
     rows = stages.mapped(
