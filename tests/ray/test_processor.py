@@ -15,6 +15,7 @@ from sensorium import LLM, SamplingParams
 from sensorium.config import engine_config
 from sensorium.errors import ENDED, ENDED_ALONE, ConfigError, EngineDeadError
 from sensorium.ray import build_processor
+from sensorium.ray.data import stages
 from sensorium.ray.data.fronts import Prompts
 from sensorium.ray.data.prompts import PromptAnswer
 from sensorium.server.batches import isolation
@@ -125,6 +126,44 @@ async def test_a_row_that_ends_its_engine_has_failed_and_others_are_answered(
     assert rows[1]["error"]["code"] == "engine_ended"
     assert [rows[n]["generated_text"] for n in (0, 2, 3)] == ["a", "b", "c"]
     assert stage.num_deaths == 3
+
+
+class Steps:
+    """A dataset that keeps the functions of its rows."""
+
+    context = SimpleNamespace(target_max_block_size=None)
+
+    def __init__(self) -> None:
+        self.functions: list[Any] = []
+
+    def map(self, function: Any) -> Steps:
+        self.functions.append(function)
+        return self
+
+    def map_batches(self, *_: Any, **__: Any) -> Steps:
+        return self
+
+
+def test_rows_have_the_same_names_when_their_task_runs_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their attempts and sizes are known by these."""
+    task = ""
+    context = SimpleNamespace(get_task_id=lambda: task)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
+    monkeypatch.setattr(stages, "counted_attempts", lambda: None)
+    steps: Any = Steps()
+    build_processor("demo")(steps)
+
+    def keys(name: str) -> list[str]:
+        nonlocal task
+        task = name
+        rows = [steps.functions[0]({"prompt": "same"}) for _ in range(3)]
+        return [stages.unpacked(row[stages.COLUMN]).key for row in rows]
+
+    first, other, again = map(keys, ("a", "b", "a"))
+    assert first == again
+    assert len({*first, *other}) == 6
 
 
 @pytest.mark.parametrize(
