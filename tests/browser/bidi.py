@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-SECONDS = 30
+SECONDS = 120
 PREFERENCES: Mapping[str, Any] = {
     "browser.shell.checkDefaultBrowser": False,
     "datareporting.policy.dataSubmissionEnabled": False,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-SECONDS = 30
+SECONDS = 120
 STEP_MS = 25
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import json
+import random
 import socket
 import urllib.request
 from pathlib import Path
@@ -124,7 +126,11 @@ class Page:
 
 
 def free_port() -> int:
-    """Return a port that no other program has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that no other program has now, and that the system gives to none that asks for
+    any, or connects to another.
+    """
+    for port in random.sample(range(20_000, 32_000), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("all ports are taken")

@@ -45,6 +45,7 @@ SHIPPED: dict[str, tuple[str, ...]] = {"demo": ("image", "video"), "demo-audio":
 FAMILIES = SHIPPED | BUILT
 ALL_FRAMES = {"video": {"num_frames": 64}}
 SETTLED_SECONDS = 60
+PAUSE = 0.02
 NUM_FIRST = 24
 Ask = Callable[[list[dict[str, Any]]], None]
 
@@ -106,6 +107,7 @@ def run(ask: Ask, process_id: int, modalities: tuple[str, ...]) -> list[str]:
             deadline = time.monotonic() + SETTLED_SECONDS
             while (now := state(process_id)) != before:
                 assert time.monotonic() < deadline, f"{name} left something: {before} -> {now}"
+                time.sleep(PAUSE)
             done.append(name)
     return done
 
@@ -126,6 +128,7 @@ def steady(process_id: int) -> dict[int, tuple[str, int, int]]:
     """The state when it has been the same for a second."""
     before, since = state(process_id), time.monotonic()
     while time.monotonic() - since < 1.0:
+        time.sleep(PAUSE)
         if (now := state(process_id)) != before:
             before, since = now, time.monotonic()
     return before

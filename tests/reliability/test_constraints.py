@@ -28,7 +28,17 @@ def tools(parameters: Any) -> dict[str, Any]:
 
 
 def ask(served: Service, constraint: dict[str, Any], **more: Any) -> Answer:
-    return served.ask(text("a"), structured_outputs=constraint, **{"max_tokens": 4, **more})
+    return asked(served, structured_outputs=constraint, **more)
+
+
+def asked(served: Service, **fields: Any) -> Answer:
+    """Ask again while the answer says so: on a very busy machine a constraint is ended by the clock
+    before it has had its processor time.
+    """
+    while True:
+        answer = served.ask(text("a"), **{"max_tokens": 4, **fields})
+        if answer.status != 503:
+            return answer
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -87,7 +97,7 @@ def test_hostile_constraints_are_served_or_refused(served: Service, name: str) -
 
 @pytest.mark.parametrize("parameters", ["schema with a hostile pattern", "schema that is deep"])
 def test_hostile_tools_are_served_or_refused(served: Service, parameters: str) -> None:
-    answer = served.ask(text("a"), max_tokens=4, **tools(HOSTILE[parameters]["json"]))
+    answer = asked(served, **tools(HOSTILE[parameters]["json"]))
     answer.is_discreet()
     if answer.status != 200:
         assert answer.error["param"].startswith("tools")
@@ -106,7 +116,7 @@ def test_a_schema_that_never_compiles_is_refused(served: Service, kind: str) -> 
         },
         "tools": tools(schema),
     }
-    answer = served.ask(text("a"), **fields[kind])
+    answer = asked(served, **fields[kind])
     assert answer.status == 400
     assert answer.error["param"].startswith(kind)
     assert "simplify" in answer.error["message"]

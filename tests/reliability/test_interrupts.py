@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.e2e.serving import tied_to_this_process
+from tests.reliability.asking import PAUSE
 
 PICTURE = """
 llm.chat([{"role": "user", "content": [
@@ -81,8 +83,9 @@ def test_ctrl_c_while_workers_start_prints_nothing_of_theirs(call: str, module: 
     assert process.stdout.readline() == b"ready\n"
     while (started := child(process, module)) is None:
         assert process.poll() is None
+        time.sleep(PAUSE)
     while not heeds_interrupts(started):
-        pass
+        time.sleep(PAUSE)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert errors.count(b"KeyboardInterrupt") == 1, errors.decode()
@@ -105,6 +108,7 @@ def test_a_signal_right_after_the_start_stops_a_server_in_order(number: signal.S
     )
     while (engine := child(process, "sensorium.engine.serving.worker")) is None:
         assert process.poll() is None
+        time.sleep(PAUSE)
     folder = Path(engine.cmdline()[-1])
     os.killpg(process.pid, number)
     output, errors = process.communicate(timeout=120)

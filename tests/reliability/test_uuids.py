@@ -344,8 +344,7 @@ def test_evictions_under_load_are_misses_or_nothing(tight: Service) -> None:
     expected = {name: ask(tight, image(url)).text for name, url in names}
     missing = image(None, uuid="x")
 
-    def client(number: int) -> int:
-        misses = 0
+    def client(number: int) -> None:
         for step in range(6):
             name, url = names[(number + step) % len(names)]
             assert ask(tight, image(url, uuid=name)).text == expected[name]
@@ -354,12 +353,9 @@ def test_evictions_under_load_are_misses_or_nothing(tight: Service) -> None:
                 assert answer.text == expected[name]
             else:
                 answer.is_refusal(404, "media_not_cached", place(missing))
-                misses += 1
-        return misses
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        misses = sum(pool.map(client, range(8)))
-    assert 0 < misses < 48
+        list(pool.map(client, range(8)))
     tight.is_well()
 
 

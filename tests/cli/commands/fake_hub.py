@@ -111,7 +111,7 @@ class FakeHub:
             return _send(request, 200, b"", headers, length=self.sizes.get(name, len(data)))
         if name in self.held:
             _send(request, status, rest[: len(rest) // 2], headers, length=len(rest))
-            self.held[name].wait(30)
+            self.held[name].wait(60)
             with contextlib.suppress(OSError):  # the client may have left
                 request.wfile.write(rest[len(rest) // 2 :])
             return None

@@ -245,20 +245,27 @@ async def test_too_many_that_wait_are_refused(
 async def test_a_fork_server_that_never_answers_is_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def noted(*command: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(start(*command, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
     monkeypatch.setattr("sensorium.engine.grammar.compiler.STARTING_SECONDS", 0.2)
     program = "import signal; signal.pause()"
     command = ForkServerCommand((sys.executable, "-c", program), child_environment(), b"")
     compiler = GrammarCompiler(command, seconds=0.01)
     outputs = [StructuredOutputs(regex=f"a{number}") for number in range(MOST_CHILDREN + 1)]
     tasks = [asyncio.create_task(compiler.compile(one)) for one in outputs]
-    await until(lambda: compiler.server.process_id is not None)
-    process = fork_server(compiler)
     for task in tasks[:-1]:
         with pytest.raises(UnavailableError):
             await task
     with pytest.raises(OverloadedError):
         await tasks[-1]
-    await until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    assert started
+    await until(lambda: all(process.poll() is not None for process in started))
     await asyncio.to_thread(compiler.close)
 
 

@@ -370,7 +370,7 @@ async def test_what_a_thread_still_makes_when_a_start_is_cancelled_is_closed(
     monkeypatch.setattr(frontend_module, "EngineSupervisor", lambda *_: FakeEngine())
     monkeypatch.setattr(frontend_module, "InputProcessor", slow_preparer)
     starting = asyncio.create_task(Frontend.start(engine_config()))
-    await asyncio.to_thread(begun.wait, 10)
+    assert await asyncio.to_thread(begun.wait, 60)
     starting.cancel()
     gate.set()
     with pytest.raises(asyncio.CancelledError):

@@ -42,7 +42,7 @@ async def test_a_caller_who_is_cancelled_cancels_the_work() -> None:
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert await asyncio.to_thread(cancelled.wait, 30)
+    assert await asyncio.to_thread(cancelled.wait, 60)
     thread.close()
 
 

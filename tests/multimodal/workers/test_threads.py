@@ -22,7 +22,7 @@ async def test_work_runs_elsewhere_and_failures_come_back() -> None:
 async def test_work_that_has_not_begun_can_be_cancelled() -> None:
     workers = ThreadWorkers(1)
     gate, ran = threading.Event(), []
-    first = asyncio.create_task(workers.run(gate.wait, 30))
+    first = asyncio.create_task(workers.run(gate.wait, 60))
     second = asyncio.create_task(workers.run(ran.append, 1))
     await asyncio.sleep(0)
     second.cancel()

@@ -267,7 +267,7 @@ async def test_cancelling_lets_what_is_read_and_written_be_finished() -> None:
         LineRunner(Caller(lambda number: OK), 2, patience=0).run(given(), write)
     )
     await writing.wait()
-    await asyncio.to_thread(reading.wait, 10)
+    assert await asyncio.to_thread(reading.wait, 60)
     running.cancel()
     await asyncio.sleep(0)
     may_end.set()
