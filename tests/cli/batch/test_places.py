@@ -355,6 +355,7 @@ def test_a_run_that_writes_nothing_leaves_what_was_delivered(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="--overwrite"), local_output(str(table), overwrite=False):
         raise AssertionError("never run")
     lines.write_text('{"custom_id": "a"}\n')
+    os.utime(lines, ns=(1, 1))
     with (
         contextlib.suppress(KeyboardInterrupt),
         local_output(str(table), overwrite=False) as path,
@@ -362,6 +363,18 @@ def test_a_run_that_writes_nothing_leaves_what_was_delivered(tmp_path: Path) -> 
         assert path == lines
         raise KeyboardInterrupt
     assert table.read_bytes() == b"delivered"
+
+
+def test_what_a_killed_run_has_not_delivered_comes_with_the_next(tmp_path: Path) -> None:
+    table = tmp_path / "out.parquet"
+    with local_output(str(table), overwrite=False) as path:
+        path.write_text(output(1, "one"))
+    os.utime(table, ns=(1, 1))
+    path.write_text(output(1, "one") + output(2, "two"))  # killed
+    with local_output(str(table), overwrite=False):
+        pass  # nothing is left to do
+    rows = pyarrow.parquet.read_table(table).to_pylist()
+    assert [row["text"] for row in rows] == ["one", "two"]
 
 
 def test_a_run_goes_on_from_what_another_machine_has_added() -> None:

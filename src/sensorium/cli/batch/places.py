@@ -130,12 +130,21 @@ def _state(path: Path) -> tuple[int, int] | None:
 
 
 def _is_delivered(name: str, path: Path, *, is_table: bool) -> bool:
-    """Return true where an output is there, and no longer or shorter than its lines here."""
+    """Return true where an output is there, and is of the lines that are here.
+
+    A run that was killed may have left lines that it had not delivered. Whether a table elsewhere
+    is of these lines cannot be told; it counts as delivered.
+    """
     known = _state(path)
     if known is None:
         return True
     system, place = _opened(name)
-    return bool(system.exists(place)) and (is_table or system.size(place) == known[0])
+    if not system.exists(place):
+        return False
+    num_bytes, written_at = known
+    if not is_table:
+        return bool(system.size(place) == num_bytes)
+    return is_url(name) or local_path(name).stat().st_mtime_ns >= written_at
 
 
 def _is_there(name: str) -> bool:
