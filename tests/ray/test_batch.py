@@ -9,10 +9,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from sensorium.cli.main import main
+from tests.ray.processes import processes_of
 from tests.ray.test_processor import conversation, png
 
 NUM_LINES = 120
@@ -50,11 +50,10 @@ class Killer(threading.Thread):
     def run(self) -> None:
         while not self.given_up.wait(0.02):
             if self._output.exists() and self._output.read_bytes().count(b"\n") > self._lines:
-                for process in psutil.Process().children(recursive=True):
-                    if "Answering" in " ".join(process.cmdline()):
-                        self.killed = process.pid
-                        process.kill()
-                        return
+                for process in processes_of("Answering"):
+                    self.killed = process.pid
+                    process.kill()
+                    return
 
 
 def test_a_worker_is_killed_and_a_run_goes_on(

@@ -60,7 +60,7 @@ async def test_all_items_are_asked_for_at_once() -> None:
             self.asked.append(item.digest)
             if len(self.asked) == 3:
                 self.all_asked.set()
-            await asyncio.wait_for(self.all_asked.wait(), 30)
+            await asyncio.wait_for(self.all_asked.wait(), 60)
             return None
 
     shared: Any = Waiting()

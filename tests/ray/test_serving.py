@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import json
 import re
 import signal
@@ -18,11 +17,12 @@ from typing import Any
 import aiohttp
 import httpx2 as httpx
 import openai
-import psutil
 import pytest
 
 from tests.e2e.serving import Server
+from tests.ray.processes import processes_of
 from tests.reliability.media import picture_url
+from tests.server.harness import until
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +32,7 @@ UPDATE_CLIENTS = 16
 """During an update the clients share the processors with what starts, which takes its time by them
 and not by the update."""
 UPDATE_SECONDS = 400
+SECONDS = 120.0
 ROOT = Path(__file__).parents[2]
 OK = "ok"
 
@@ -47,25 +48,17 @@ def server(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def metrics(url: str, name: str) -> dict[str, float]:
     """Values of a metric by its label ``engine``."""
-    text = httpx.get(f"{url}/metrics").text
+    text = httpx.get(f"{url}/metrics", timeout=SECONDS).text
     found = re.findall(rf'^sensorium:{name}{{engine="(\w+)".*}} (\S+)$', text, re.MULTILINE)
     return {engine: float(value) for engine, value in found}
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = SECONDS) -> None:
     """Wait until something holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came to be"
         time.sleep(0.1)
-
-
-def engine_replicas() -> Iterator[psutil.Process]:
-    """Processes of the replicas of engines on the cluster, which this process has started."""
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # some live for a moment only
-            if any("ServeReplica:sensorium:Engine" in part for part in process.cmdline()):
-                yield process
 
 
 async def streamed(session: aiohttp.ClientSession, url: str, prompt: str, num: int) -> str:
@@ -84,9 +77,10 @@ async def streamed(session: aiohttp.ClientSession, url: str, prompt: str, num: i
         return OK if last == "[DONE]" else "cut off"
 
 
-async def load(url: str, ended: asyncio.Event, clients: int = CLIENTS) -> list[tuple[float, str]]:
-    """Stream to so many clients until ``ended``; return begin and outcome of each request."""
-    outcomes: list[tuple[float, str]] = []
+async def load(
+    url: str, ended: asyncio.Event, outcomes: list[tuple[float, str]], clients: int
+) -> None:
+    """Stream to so many clients until ``ended``; add begin and outcome of each request."""
 
     async def client(number: int, session: aiohttp.ClientSession) -> None:
         turn = 0
@@ -99,7 +93,6 @@ async def load(url: str, ended: asyncio.Event, clients: int = CLIENTS) -> list[t
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
         await asyncio.gather(*(client(number, session) for number in range(clients)))
-    return outcomes
 
 
 def test_a_chat_streams_and_a_picture_is_seen_once(server: Server) -> None:
@@ -126,11 +119,12 @@ def test_a_chat_streams_and_a_picture_is_seen_once(server: Server) -> None:
 def test_errors_are_those_of_one_server(server: Server) -> None:
     url = f"{server.url}/v1/chat/completions"
     message = {"role": "user", "content": "a " * 9000}
-    answer = httpx.post(url, json={"model": "demo", "messages": [message]})
+    answer = httpx.post(url, json={"model": "demo", "messages": [message]}, timeout=SECONDS)
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "context_length_exceeded"
-    assert httpx.post(url, json={"model": "other", "messages": [message]}).status_code == 404
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    other = httpx.post(url, json={"model": "other", "messages": [message]}, timeout=SECONDS)
+    assert other.status_code == 404
+    assert httpx.get(f"{server.url}/health", timeout=SECONDS).status_code == 200
     assert "X-Request-Id" in answer.headers
     assert "," not in answer.headers["X-Request-Id"]
 
@@ -160,18 +154,20 @@ async def test_clients_that_leave_free_their_work(server: Server) -> None:
 
 
 async def test_a_replica_that_dies_fails_what_ran_on_it_and_nothing_else(server: Server) -> None:
-    ended = asyncio.Event()
-    loading = asyncio.create_task(load(server.url, ended))
-    await asyncio.sleep(2)
+    ended, outcomes = asyncio.Event(), list[tuple[float, str]]()
     before = set(metrics(server.url, "engine_up"))
-    next(engine_replicas()).kill()
+    loading = asyncio.create_task(load(server.url, ended, outcomes, CLIENTS))
+    await until(lambda: len(outcomes) >= CLIENTS, SECONDS)
+    next(processes_of("ServeReplica:sensorium:Engine")).kill()
     killed = time.monotonic()
-    await asyncio.sleep(3)
+
+    def later() -> list[str]:
+        return [outcome for began, outcome in outcomes if began > killed]
+
+    await until(lambda: len(later()) >= CLIENTS, SECONDS)
     ended.set()
-    outcomes = await loading
-    later = [outcome for began, outcome in outcomes if began > killed]
-    assert later
-    assert set(later) == {OK}
+    await loading
+    assert set(later()) == {OK}
     failed = collections.Counter(outcome for _, outcome in outcomes if outcome != OK)
     assert set(failed) <= {"engine_unavailable"}, failed
     assert failed.total() <= CLIENTS
@@ -209,7 +205,7 @@ async def test_an_update_in_place_fails_no_request(
     server: Server, ray_address: str, tmp_path: Path
 ) -> None:
     """It brings other options of the engines, and a second process for HTTP."""
-    ended = asyncio.Event()
+    ended, outcomes = asyncio.Event(), list[tuple[float, str]]()
     flags = (*FLAGS, "--ray-address", ray_address, "--max-num-seqs", "32")
     flags = (*flags, "--api-server-count", "2")
     before = set(metrics(server.url, "engine_up"))
@@ -221,12 +217,13 @@ async def test_an_update_in_place_fails_no_request(
     # The start of that program itself, before the update begins, shows nothing under load.
     connects = "connecting to Ray"
     await asyncio.to_thread(wait_for, lambda: connects in log.read_text(), UPDATE_SECONDS)
-    loading = asyncio.create_task(load(server.url, ended, UPDATE_CLIENTS))
+    loading = asyncio.create_task(load(server.url, ended, outcomes, UPDATE_CLIENTS))
     second = await starting
     ended.set()
-    outcomes = collections.Counter(outcome for _, outcome in await loading)
+    await loading
+    found = collections.Counter(outcome for _, outcome in outcomes)
     assert second.url == server.url
-    assert set(outcomes) == {OK}, outcomes
+    assert set(found) == {OK}, found
 
     def is_new() -> bool:
         up = metrics(server.url, "engine_up")
@@ -235,5 +232,6 @@ async def test_an_update_in_place_fails_no_request(
     await asyncio.to_thread(wait_for, is_new)
     await asyncio.to_thread(check_ids_of_media, second.url)
     assert server.stop(signal.SIGINT) == 0
-    assert httpx.get(f"{second.url}/health").status_code == 200, "the first start let it be"
+    health = httpx.get(f"{second.url}/health", timeout=SECONDS)
+    assert health.status_code == 200, "the first start let it be"
     assert second.stop(signal.SIGINT) == 0
