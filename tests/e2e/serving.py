@@ -22,7 +22,7 @@ STARTED = re.compile(r"serving .* at (http://127\.0\.0\.1:\d+)")
 MORE_FLAGS = "SENSORIUM_TEST_SERVE_FLAGS"
 """Variable with more flags of all servers, such as ``--data-parallel-size 2``: with it, tests for
 one server show that replicas answer as it does."""
-START_SECONDS = 120
+START_SECONDS = 300
 """After this a server that is not there yet is killed, unless a test says otherwise."""
 
 

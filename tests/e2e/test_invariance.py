@@ -36,7 +36,9 @@ NUMBERS: dict[str, dict[str, Any]] = {
 """Options of an engine by the name of its numbers."""
 ALL_NUMBERS = ("llava", "qwen2_vl")
 HALVES = ("bfloat16", "int8", "int8 cache"), ("float16", "int4")
-"""Numbers besides float32 of every second family, and of the others."""
+"""Numbers besides float32 of every second family with media, and of the others with media."""
+IN_TURN = ("bfloat16", "float16", "int8 cache")
+"""Numbers besides float32 of families of text, of which each has one."""
 THROUGH_TRANSFORMERS = ("cohere", "gemma2", "gemma3_text", "gpt2", "olmo2")
 QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
 Make = Callable[[Path], Any]
@@ -157,14 +159,13 @@ def family(
 def cases() -> list[tuple[str, str]]:
     """Families with their numbers: all with two families, a part of them with each other one.
 
-    Each has float32 and a 16-bit type, and half of the quantized numbers. Layers do not know
-    their numbers, and kernels do not know the family that they run in.
+    Layers do not know their numbers, and kernels do not know the family that they run in. The
+    decoders of families of text are those of families with media.
     """
     found = []
-    for index, name in enumerate(FAMILIES):
-        chosen = set(NUMBERS) if name in ALL_NUMBERS else {"float32", *HALVES[index % 2]}
-        if name in THROUGH_TRANSFORMERS:  # these are not quantized
-            chosen -= {"int8", "int4"}
+    for index, (name, (_, modality, _)) in enumerate(FAMILIES.items()):
+        others = HALVES[index % 2] if modality else IN_TURN[index % 3 :][:1]
+        chosen = set(NUMBERS) if name in ALL_NUMBERS else {"float32", *others}
         found += [(name, numbers) for numbers in NUMBERS if numbers in chosen]
     return found
 
@@ -197,7 +198,7 @@ def demo(request: pytest.FixtureRequest) -> tuple[str, Prompts, list[Any]]:
 
 
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     indexes=st.lists(st.integers(0, 7), min_size=1, max_size=20),
     budget=st.sampled_from([5, 16, 33, 100, 2048]),

@@ -20,7 +20,7 @@ from tests.e2e.prompts import (
 )
 from tests.parts import patient_llm
 
-NUM_PROMPTS = 64
+NUM_PROMPTS = 40
 NUM_TOKENS = 12
 LLAVA_CHAT = ("USER: ", " ASSISTANT:")
 QWEN_CHAT = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
@@ -60,7 +60,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 # Block sizes and budgets so small that prompts are cut inside images, and so few blocks that
 # sequences push each other out.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "roomy": {"num_kv_blocks": 2000, "block_size": 16, "max_num_seqs": 64},
+    "roomy": {"num_kv_blocks": 2000, "block_size": 16, "max_num_seqs": 40},
     "alone": {"num_kv_blocks": 200, "block_size": 16, "max_num_seqs": 1},
     "chunked": {"num_kv_blocks": 2000, "block_size": 8, "max_num_batched_tokens": 7},
     "preempted": {"num_kv_blocks": 40, "block_size": 8, "max_num_batched_tokens": 64},

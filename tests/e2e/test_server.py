@@ -401,23 +401,17 @@ def test_64_clients_of_which_a_third_leave(server: Server, client: openai.OpenAI
     assert chat(client, text_part("well?")).choices
 
 
-def test_no_shared_memory_and_no_process_stays_behind(tmp_path: Path, server: Server) -> None:
+def test_sigterm_lets_running_requests_finish_and_leaves_nothing(
+    tmp_path: Path, server: Server
+) -> None:
+    """No process stays behind, and no shared memory."""
     own = Server(str(server.folder), tmp_path / "log", FLAGS)  # type: ignore[attr-defined]
     children = own.children()
     assert children
-    with openai.OpenAI(base_url=f"{own.url}/v1", api_key="none") as client:
-        assert chat(client, image_part(data_url(picture())), text_part("what")).choices
-    folder = own.segments()
-    assert list(folder.iterdir())
-    assert own.stop() == 0
-    assert not folder.exists()
-    _, alive = psutil.wait_procs(children, timeout=60)
-    assert not alive
-
-
-def test_sigterm_lets_running_requests_finish(tmp_path: Path, server: Server) -> None:
-    own = Server(str(server.folder), tmp_path / "log", FLAGS)  # type: ignore[attr-defined]
     with openai.OpenAI(base_url=f"{own.url}/v1", api_key="none", max_retries=0) as client:
+        assert chat(client, image_part(data_url(picture())), text_part("what")).choices
+        folder = own.segments()
+        assert list(folder.iterdir())
         stream = chat(
             client, text_part("go on"), stream=True, max_tokens=60, extra_body={"ignore_eos": True}
         )
@@ -427,3 +421,6 @@ def test_sigterm_lets_running_requests_finish(tmp_path: Path, server: Server) ->
         rest = list(chunks)
         assert rest[-1].choices[0].finish_reason == "length"
     assert own.stop() == 0
+    assert not folder.exists()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive

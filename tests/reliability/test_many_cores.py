@@ -142,7 +142,7 @@ async def test_images_are_decoded_and_leave_no_thread(decoders: ProcessDecoders)
 async def test_a_video_without_room_for_its_frames_is_too_large_and_not_damaged(
     crowded: ProcessDecoders, form: str
 ) -> None:
-    clip = make_clip(form, 6, size=(2304, 4096))
+    clip = make_clip(form, 1, size=(2304, 4096))
     with pytest.raises(MediaTooLargeError, match="--media-worker-memory-gb"):
         await crowded.prepare(DecodeJob("video", VideoOptions(num_frames=1), {}), clip)
     small = await crowded.prepare(DecodeJob("video", VideoOptions(), {}), make_clip(form, 6))
