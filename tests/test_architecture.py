@@ -401,6 +401,6 @@ def test_importing_sensorium_is_light() -> None:
     heavy = ("torch", "transformers", "fastapi", "numba", "ray", "pyarrow")
     code = f"import sys, sensorium; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     )
     assert done.stdout.strip() == "[]"

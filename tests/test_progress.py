@@ -39,7 +39,7 @@ def in_terminal(*arguments: str, **variables: str) -> tuple[str, str]:
             env={**os.environ, **variables},
             text=True,
             check=True,
-            timeout=60,
+            timeout=300,
         )
         os.close(theirs)
         theirs = -1
@@ -110,7 +110,7 @@ with progress.bar("Lines", 4, unit="lines") as bar:
 
 def test_a_command_without_a_terminal_and_a_log_writes_lines() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LINES], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", LINES], capture_output=True, text=True, check=True, timeout=300
     )
     line = done.stderr.splitlines()[-1]
     assert line.startswith("Lines: 1 of 4 lines (25 %), ")

@@ -27,7 +27,7 @@ def test_why_there_is_no_browser_is_said(tmp_path: Path) -> None:
         env={"PATH": str(tmp_path), "LOG": str(log)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     [asked] = log.read_text().splitlines()

@@ -67,6 +67,6 @@ def test_the_help_uses_none_of_them() -> None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=300,
         )
         assert not GIVEN_UP.search(done.stdout)

@@ -151,7 +151,7 @@ def test_deprecated_flags_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 def run(*argv: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *argv], capture_output=True, text=True, timeout=60, **keywords
+        [sys.executable, *argv], capture_output=True, text=True, timeout=300, **keywords
     )
 
 

@@ -23,7 +23,8 @@ MORE_FLAGS = "SENSORIUM_TEST_SERVE_FLAGS"
 """Variable with more flags of all servers, such as ``--data-parallel-size 2``: with it, tests for
 one server show that replicas answer as it does."""
 START_SECONDS = 300
-"""After this a server that is not there yet is killed, unless a test says otherwise."""
+"""After this a server that is not there yet is killed, unless a test says otherwise; as long may one
+take to end. Much longer than either takes, but where other programs have the processors."""
 
 
 def tied_to_this_process() -> Callable[[], None] | None:
@@ -114,7 +115,7 @@ class Server:
         """Ask it to end, wait, and return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        status = self.process.wait(60)
+        status = self.process.wait(START_SECONDS)
         if self.process.stdout is not None:
             self.process.stdout.close()
         self._file.close()

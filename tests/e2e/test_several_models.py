@@ -97,7 +97,7 @@ class Client:
 
     async def until_state(self, model: str, state: str) -> None:
         """Wait until a model is in a state."""
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(300):
             while (await self.states())[model] != state:
                 await asyncio.sleep(0.05)
 

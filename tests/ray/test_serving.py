@@ -190,7 +190,7 @@ def check_ids_of_media(url: str) -> None:
         text = {"type": "text", "text": "What is this?"}
         message = {"role": "user", "content": [part, text]}
         body = {"model": "demo", "messages": [message], "max_tokens": 4, "temperature": 0}
-        return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
 
     def text_of(answer: httpx.Response) -> str:
         return str(answer.json()["choices"][0]["message"]["content"])

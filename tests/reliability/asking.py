@@ -217,7 +217,7 @@ def _decoded(data: bytes) -> Any:
         return data.decode(errors="replace")
 
 
-def until(happened: Callable[[], Any], what: Callable[[], str] = str, seconds: float = 60) -> None:
+def until(happened: Callable[[], Any], what: Callable[[], str] = str, seconds: float = 300) -> None:
     """Wait until something is the case, and no longer than ``seconds``.
 
     ``what`` says what is there instead.

@@ -92,7 +92,7 @@ def test_ctrl_c_while_workers_start_prints_nothing_of_theirs(call: str, module: 
     assert b"_worker" not in errors, errors.decode()
     assert f"{module.replace('.', '/')}.py" not in errors.decode(), errors.decode()
     assert process.returncode == -signal.SIGINT
-    psutil.wait_procs([started], timeout=60)
+    psutil.wait_procs([started], timeout=300)
     assert not started.is_running()
 
 
@@ -115,7 +115,7 @@ def test_a_signal_right_after_the_start_stops_a_server_in_order(number: signal.S
     assert process.returncode == 0, errors.decode()
     assert output == b""
     assert b"Traceback" not in errors
-    psutil.wait_procs([engine], timeout=60)
+    psutil.wait_procs([engine], timeout=300)
     assert not engine.is_running()
     assert folder.name.startswith("sensorium-")
     assert not folder.exists()

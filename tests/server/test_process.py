@@ -53,9 +53,9 @@ class Server:
         """Ask it to stop; its error stream. Its children must be gone with it, and its status be 0."""
         children = self.children()
         self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=60)
+        _, errors = self.process.communicate(timeout=300)
         assert self.process.returncode == 0, errors
-        _, alive = psutil.wait_procs(children, timeout=60)
+        _, alive = psutil.wait_procs(children, timeout=300)
         assert not alive
         return errors
 
@@ -103,7 +103,7 @@ def test_a_picture_is_seen_and_remembered(server: tuple[Server, str]) -> None:
 
 def counts(url: str) -> dict[str, float]:
     """Sums of the metrics that vLLM's own tests count, by the name of the series."""
-    text = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=300).read().decode()
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -184,7 +184,7 @@ async def test_clients_that_leave_free_their_work(server: tuple[Server, str]) ->
 def _get(url: str) -> str:
     from urllib.request import urlopen
 
-    with urlopen(url, timeout=60) as response:
+    with urlopen(url, timeout=300) as response:
         return str(response.read().decode())
 
 

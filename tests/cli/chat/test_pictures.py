@@ -135,6 +135,6 @@ def test_without_a_terminal_there_is_no_answer() -> None:
         text=True,
         check=True,
         start_new_session=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.stdout == "b''\n"

@@ -91,7 +91,7 @@ async def test_requests_of_a_server_end_with_a_rank(folder: Path, tmp_path: Path
         assert error.status == 503
         await asyncio.wait_for(client.wait_ended(), 60)
         assert process.returncode == 1
-        psutil.wait_procs([rank], timeout=60)
+        psutil.wait_procs([rank], timeout=300)
         assert not rank.is_running()
     finally:
         await client.stop()
