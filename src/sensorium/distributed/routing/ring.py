@@ -6,6 +6,8 @@ the content that is nearest to it.
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -20,7 +22,7 @@ class HashRing:
 
     def __init__(self) -> None:
         self._points: dict[str, np.ndarray] = {}
-        self._starts = np.empty(0, np.uint64)
+        self._starts = array("Q")
         self._owners: list[str] = []
 
     def __len__(self) -> int:
@@ -33,19 +35,19 @@ class HashRing:
         """Replace the replicas."""
         self._points = {id: self._points.get(id, _points(id)) for id in ids}
         if not self._points:
-            self._starts, self._owners = np.empty(0, np.uint64), []
+            self._starts, self._owners = array("Q"), []
             return
         names = [id for id in self._points for _ in range(POINTS)]
         starts = np.concatenate(list(self._points.values()))
         order = np.argsort(starts, kind="stable")
-        self._starts = starts[order]
+        self._starts = array("Q", starts[order].tobytes())
         self._owners = [names[i] for i in order]
 
     def walk(self, digest: bytes, most: int) -> Iterator[str]:
         """Yield up to ``most`` different replicas, the one that owns the digest first."""
         owners = self._owners
-        place = np.uint64(int.from_bytes(blake3(digest).digest(length=8), "little"))
-        first = int(np.searchsorted(self._starts, place))
+        place = int.from_bytes(blake3(digest).digest(length=8), "little")
+        first = bisect_left(self._starts, place)
         seen: set[str] = set()
         for step in range(len(owners)):
             if len(seen) == most:

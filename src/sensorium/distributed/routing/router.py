@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -173,10 +173,11 @@ class Router:
         known = self._replicas.get(replica)
         if known is None:
             return
-        known.sent(key, self._compute(known, key, self._cached(known, key)))
+        num_known = self._prefixes.num_known(key.prefixes)
+        known.sent(key, self._compute(known, key, self._cached(known, key, num_known)))
         self._estimate(known)
         self._count_sent(known)
-        self._count(key)
+        self._count(key, num_known)
         clock, evictions = known.clock, known.load.encoder_evictions
         for digest in reversed(key.prefixes):
             self._prefixes.add(digest, known.number, clock)
@@ -244,53 +245,62 @@ class Router:
     def _can_take(self, replica: Replica, allowed: set[str] | None) -> bool:
         return replica.load.healthy and (allowed is None or replica.id in allowed)
 
-    def _count(self, key: RequestKey) -> None:
+    def _count(self, key: RequestKey, num_known: int) -> None:
         """Count a request for the popularity of what it begins with.
 
         Where its prompt leaves what is known, a conversation begins, or goes on for the first time.
         """
         self._items.add(key.media[0][0] if key.media else b"")
-        new = next((i for i, d in enumerate(key.prefixes) if d not in self._prefixes), None)
-        if new is not None:
-            self._conversations.add(key.prefixes[new - 1] if new else b"")
+        if num_known < len(key.prefixes):
+            self._conversations.add(key.prefixes[num_known - 1] if num_known else b"")
 
     def _candidates(self, key: RequestKey, allowed: set[str] | None) -> dict[Replica, float]:
         """Return replicas to compare, each with its cost."""
         found: dict[Replica, float] = {}
-        num_known = len(key.prefixes)
-        for digest in reversed(key.prefixes):
-            holders = self._prefixes.holders(digest)
+        prefixes = key.prefixes
+        num_known = num = self._prefixes.num_known(prefixes)
+        while num and len(found) < MOST_CANDIDATES:
+            holders = self._prefixes.holders(prefixes[num - 1])
             for replica in self._some(holders, allowed):
                 if replica not in found:
-                    found[replica] = self._cost(replica, key, num_known)
-            if len(found) >= MOST_CANDIDATES:
-                break
-            num_known -= 1
+                    found[replica] = self._cost(replica, key, num)
+            num = self._prefixes.next_wider(prefixes, num)
         for digest, _ in key.media[:MOST_CANDIDATES]:
             if len(found) >= MOST_COMPARED:
                 break
             for replica in self._some(self._media.holders(digest), allowed):
                 if replica not in found:
-                    found[replica] = self._cost(replica, key)
-        place = self._named(key, allowed)
+                    found[replica] = self._cost(replica, key, num_known)
+        place = self._named(key, num_known, allowed)
         if place is not None:
-            cost = self._cost(place.replica, key, place=place)
+            cost = self._cost(place.replica, key, num_known, place=place)
             found[place.replica] = min(cost, found.get(place.replica, cost))
         return found
 
-    def _some(self, numbers: Iterable[int], allowed: set[str] | None) -> list[Replica]:
-        """Return some of the holders with these numbers that may be chosen."""
-        holders = [replica for n in numbers if (replica := self._by_number.get(n)) is not None]
-        holders = [replica for replica in holders if self._can_take(replica, allowed)]
-        if len(holders) > MOST_CANDIDATES:
-            return self._random.sample(holders, MOST_CANDIDATES)
-        return holders
+    def _some(self, numbers: Collection[int], allowed: set[str] | None) -> list[Replica]:
+        """Return some of the holders with these numbers that may be chosen.
 
-    def _named(self, key: RequestKey, allowed: set[str] | None) -> _Place | None:
-        """Return the place that the ring names, the first replica that has not too much to do."""
-        shared = len(key.prefixes)
-        while shared and self._conversations.count(key.prefixes[shared - 1]) < 2:
-            shared -= 1
+        Of many, each in turn from a random one on: a fair sample of them would cost more.
+        """
+        by_number, found = self._by_number, []
+        if len(numbers) > MOST_CANDIDATES:
+            ordered = list(numbers)
+            first = int(self._random.random() * len(ordered))
+            numbers = ordered[first:] + ordered[:first]
+        for number in numbers:
+            replica = by_number.get(number)
+            if replica is not None and self._can_take(replica, allowed):
+                found.append(replica)
+                if len(found) == MOST_CANDIDATES:
+                    break
+        return found
+
+    def _named(self, key: RequestKey, num_known: int, allowed: set[str] | None) -> _Place | None:
+        """Return the place that the ring names, the first replica that has not too much to do.
+
+        ``num_known``: prefixes that somebody has.
+        """
+        shared = self._conversations.num_repeated(key.prefixes, num_known)
         own = key.prefixes[shared] if shared < len(key.prefixes) else b""
         if key.media and key.media[0][0]:
             group, share = key.media[0][0], self._items.share(key.media[0][0])
@@ -334,17 +344,17 @@ class Router:
             place = value % (size // 2)
         return blake3(group + place.to_bytes(4, "little")).digest(length=8)
 
-    def _cached(self, replica: Replica, key: RequestKey, num_known: int | None = None) -> float:
+    def _cached(self, replica: Replica, key: RequestKey, num_known: int) -> float:
         """Return how many tokens of the prompt are expected in the replica's cache.
 
-        ``num_known``: prefixes that it may have, where that is known.
+        ``num_known``: prefixes that it may have.
         """
         expected = 0.0
-        for index in reversed(range(len(key.prefixes) if num_known is None else num_known)):
-            length = PREFIX_LENGTHS[index]
+        for num in range(self._prefixes.num_held(key.prefixes, num_known, replica.number), 0, -1):
+            length = PREFIX_LENGTHS[num - 1]
             if length <= expected:
                 break
-            mark = self._prefixes.holders(key.prefixes[index]).get(replica.number)
+            mark = self._prefixes.mark(key.prefixes[num - 1], replica.number)
             if mark is not None:
                 trust = replica.trust_prefix(mark)
                 expected = max(expected, length * trust)
@@ -356,7 +366,7 @@ class Router:
         self,
         replica: Replica,
         key: RequestKey,
-        num_known: int | None = None,
+        num_known: int,
         *,
         place: _Place | None = None,
     ) -> float:
@@ -376,7 +386,7 @@ class Router:
         """
         embeds = 0.0
         for digest, num_embeds in key.media:
-            mark = self._media.holders(digest).get(replica.number)
+            mark = self._media.mark(digest, replica.number)
             there = prior if mark is None else max(prior, replica.trust_item(mark))
             embeds += num_embeds * (1 - there)
         return max(1.0, key.num_tokens - cached) + self.costs.embedding * embeds
