@@ -123,10 +123,11 @@ def validation(_: Results) -> str:
         "prefix_hit_rate": "prefix hits",
         "media_hit_rate": "media hits",
         "first_token_p50": "first token, p50",
+        "first_token_p90": "first token, p90",
         "requests_max_over_mean": "requests, max/mean",
     }
     if result["settings"]["busy"]:
-        del names["first_token_p50"]
+        names = {name: label for name, label in names.items() if "first" not in name}
     rows = []
     for name, label in names.items():
         real, simulated = result["real"][name], result["simulated"][name]
