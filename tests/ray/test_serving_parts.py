@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +16,9 @@ from sensorium.config import ModelConfig, ServedConfig, ServerConfig, engine_con
 from sensorium.distributed.routing import RequestKey
 from sensorium.engine.stats import AdapterFacts, EngineFacts, EngineStats
 from sensorium.errors import ConfigError
-from sensorium.ray.serving import claims, launch
+from sensorium.ray.serving import launch
 from sensorium.ray.serving.app import application, build_app, check, version_of
-from sensorium.ray.serving.cluster import Need, divided, own_engine_cpus
+from sensorium.ray.serving.cluster import Need, check_own, divided, own_engine_cpus
 from sensorium.ray.serving.engine import LOST_SECONDS, Loss
 from sensorium.ray.serving.engines import summed
 from sensorium.ray.serving.fleet import Fleet, ReplicaReport, common_facts
@@ -141,6 +138,7 @@ def test_a_single_server_does_not_import_ray() -> None:
         ([{"CPU": 32, "GPU": 8}], Need(2, 2, gpus=2, others_cpus=1), (7, 2, 4)),
         ([{"CPU": 64}, {"CPU": 9, "GPU": 1}], Need(1, gpus=1, others_cpus=1), (8, 1, 1)),
         ([{"CPU": 64, "GPU": 8}, {"CPU": 9, "GPU": 1}], Need(2, gpus=1), (8, 1, 1)),
+        ([{"CPU": 5, "GPU": 8}], Need(1, ranks=8, gpus=8, others_cpus=1), (4, 8, 1)),
     ],
 )
 def test_a_cluster_is_divided_among_the_machines_that_can_hold_an_engine(
@@ -174,7 +172,19 @@ def test_ranks_fit_the_processors_of_this_machine(caplog: pytest.LogCaptureFixtu
     assert own_engine_cpus(2, 4, 1) == 1
     assert "4 replicas of 1 ranks share 2 processors" in caplog.text
     with pytest.raises(ConfigError, match="4 processors; this machine has 2"):
-        own_engine_cpus(2, 1, 4)
+        check_own(2, 0, 1, Need(1, ranks=4))
+    check_own(2, 8, 2, Need(2, ranks=4, gpus=4))
+    with pytest.raises(ConfigError, match="8 GPUs; 3 replicas of 4 each need 12"):
+        check_own(64, 8, 3, Need(3, ranks=4, gpus=4))
+
+
+def test_it_is_said_when_a_small_machine_decides_for_all(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    divided([{"CPU": 16}, {"CPU": 16}], Need(2))
+    assert not caplog.records
+    assert divided([{"CPU": 4}, {"CPU": 16}], Need(2)).engine_cpus == 4
+    assert "reserves 4 CPUs" in caplog.text
+    assert "largest of 2 machines it would be 16" in caplog.text
 
 
 def test_what_waits_for_a_place_is_said_once_and_what_is_missing(
@@ -280,116 +290,3 @@ def test_what_was_sent_ends_once_whenever_ray_serve_says_so(ends_first: bool) ->
         for call in result.calls:
             call(None)
     assert routing.router.waits() == before
-
-
-class FakeServe:
-    """Ray Serve with an application of another start, whose update fails."""
-
-    def __init__(self, *names: str) -> None:
-        self.names, self.deleted = names, []
-        self.statuses = ["RUNNING", "DEPLOYING", "DEPLOY_FAILED"]
-        if not names:
-            del self.statuses[0]
-
-    def start(self, **_: object) -> None:
-        """It runs already."""
-
-    def RunTarget(self, *_: object, **__: object) -> None:
-        """Nothing is looked at."""
-
-    def run_many(self, *_: object, **__: object) -> None:
-        self.names = ("sensorium",)
-
-    def status(self) -> SimpleNamespace:
-        status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
-        found = SimpleNamespace(status=status, message="no memory", deployments={})
-        return SimpleNamespace(applications=dict.fromkeys(self.names, found))
-
-    def delete(self, name: str, *, _blocking: bool) -> None:
-        self.deleted.append(name)
-
-
-class FakeStore:
-    """The store of a cluster."""
-
-    def __init__(self) -> None:
-        self.values: dict[bytes, bytes] = {}
-
-    def _internal_kv_put(self, key: str, value: str | bytes, *, namespace: bytes) -> None:
-        self.values[key.encode()] = value.encode() if isinstance(value, str) else value
-
-    def _internal_kv_get(self, key: bytes, *, namespace: bytes) -> bytes | None:
-        return self.values.get(key)
-
-    def _internal_kv_del(self, key: str | bytes, *, namespace: bytes) -> int:
-        return int(self.values.pop(key.encode() if isinstance(key, str) else key, None) is not None)
-
-    def _internal_kv_list(self, prefix: str, *, namespace: bytes) -> list[bytes]:
-        return [key for key in self.values if key.startswith(prefix.encode())]
-
-
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> FakeStore:
-    fake = FakeStore()
-    monkeypatch.setattr(claims, "internal_kv", fake)
-    return fake
-
-
-def test_the_latest_start_ends_an_application(store: FakeStore) -> None:
-    first, second = claims.Claims("a", "1"), claims.Claims("a", "2")
-    other = claims.Claims("b", "3")
-    assert not first.add(application_there=False)
-    assert not second.add(application_there=False)
-    assert not other.add(application_there=False)
-    assert not first.end()
-    assert second.are_latest()
-    assert not second.remove(), "the first one has a part in it"
-    assert first.end()
-    assert second.add(application_there=True), "it is being ended"
-    first.clear()
-    assert not first.remove(), "the second one came meanwhile"
-    assert second.end()
-    second.clear()
-    assert second.remove()
-    assert other.are_latest()
-
-
-def test_a_start_that_was_killed_has_no_part_in_the_next_application(store: FakeStore) -> None:
-    store._internal_kv_put("serve:a:starts:1", "5.0", namespace=b"")
-    own = claims.Claims("a", "2")
-    own.add(application_there=True)
-    assert not own.remove()
-    own.add(application_there=False)
-    assert own.remove()
-
-
-@pytest.mark.parametrize(("there", "deleted"), [(("sensorium",), []), ((), ["sensorium"])])
-def test_a_start_that_fails_ends_no_application_of_another_one(
-    monkeypatch: pytest.MonkeyPatch, store: FakeStore, there: tuple[str, ...], deleted: list[str]
-) -> None:
-    fake = FakeServe(*there)
-    monkeypatch.setattr(launch, "serve", fake)
-    monkeypatch.setattr(launch, "show_logs", lambda: None)
-    monkeypatch.setattr(launch, "application", lambda *_, **__: None)
-    monkeypatch.setattr(launch.ReplicasRun, "find_address", lambda _: None)
-    monkeypatch.setattr(launch, "connected", lambda _: contextlib.nullcontext(_resources()))
-    with pytest.raises(ConfigError, match="no memory"):
-        launch.ReplicasRun(served(ray_address="auto"), 8000).run()
-    assert fake.deleted == deleted
-
-
-def test_a_second_signal_ends_the_wait_for_the_cluster(store: FakeStore) -> None:
-    run = launch.ReplicasRun(served(ray_address="auto"), 8000)
-    begun, never = threading.Event(), threading.Event()
-
-    def waits() -> None:
-        begun.set()
-        never.wait()
-
-    waiting = threading.Thread(target=run.until_hurry, args=(waits, math.inf), daemon=True)
-    waiting.start()
-    assert begun.wait(60)
-    run.hurry.set()
-    waiting.join(60)
-    assert not waiting.is_alive()
-    never.set()

@@ -33,6 +33,11 @@ class Need:
     gpus: float = 0
     others_cpus: float = 0
 
+    @property
+    def least_cpus(self) -> int:
+        """Return the CPUs without which an engine does not start: ranks on GPUs may share one."""
+        return 1 if self.gpus else self.ranks
+
 
 @contextlib.contextmanager
 def connected(config: ServedConfig) -> Iterator[Resources]:
@@ -56,14 +61,9 @@ def connected(config: ServedConfig) -> Iterator[Resources]:
     logger.info("starting Ray on this machine")
     with ray_cluster(num_cpus=num_cpus, namespace=NAMESPACE, show_logs=True):
         found = ray.cluster_resources().get("GPU", 0)
-        gpus = _need(config, has_gpus=bool(found)).gpus
-        if most * gpus > found:
-            raise ConfigError(
-                f"This machine has {found:g} GPUs; {most} replicas of {gpus:g} each need "
-                f"{most * gpus:g}. Run fewer replicas, or with --device cpu.",
-                param="data_parallel_size",
-            )
-        yield Resources(engine_cpus=each, engine_gpus=gpus, per_node=most)
+        need = _need(config, has_gpus=bool(found))
+        check_own(usable, found, most, need)
+        yield Resources(engine_cpus=each, engine_gpus=need.gpus, per_node=most)
 
 
 def most_replicas(config: ServedConfig) -> int:
@@ -73,47 +73,84 @@ def most_replicas(config: ServedConfig) -> int:
 
 
 def own_engine_cpus(usable: int, engines: int, ranks: int) -> int:
-    """Return the CPUs of each engine on this machine, of which engines may share some.
-
-    Raises ConfigError where one engine has more ranks than the machine has processors.
-    """
-    if ranks > usable:
-        raise ConfigError(
-            f"{ranks} ranks need {ranks} processors; this machine has {usable}.",
-            param="tensor_parallel_size",
-        )
+    """Return the CPUs of each engine on this machine, of which engines may share some."""
     if engines * ranks > usable:
         logger.warning("%d replicas of %d ranks share %d processors", engines, ranks, usable)
     return max(ranks, usable // engines)
 
 
+def check_own(usable: int, gpus: float, engines: int, need: Need) -> None:
+    """Raise ConfigError where this machine, with so many processors and GPUs, has too little.
+
+    Ranks on GPUs may share processors; on CPUs they would wait for each other.
+    """
+    if not need.gpus and need.ranks > usable:
+        raise ConfigError(
+            f"{need.ranks} ranks need {need.ranks} processors; this machine has {usable}.",
+            param="tensor_parallel_size",
+        )
+    if engines * need.gpus > gpus:
+        raise ConfigError(
+            f"This machine has {gpus:g} GPUs; {engines} replicas of {need.gpus:g} each need "
+            f"{engines * need.gpus:g}. Run fewer replicas, or with --device cpu.",
+            param="data_parallel_size",
+        )
+
+
 def divided(nodes: Sequence[Mapping[str, float]], need: Need) -> Resources:
     """Return what each process reserves on a cluster whose machines have these resources.
 
-    All engines get the same: what they can have on the smallest machine that can hold one. A
-    machine that cannot, such as a head with 0 CPUs, does not count. Raises ConfigError where the
-    machines have too little.
+    All engines get the same, as Ray Serve knows one number for all replicas: what they can have on
+    the smallest machine that can hold one. A machine that cannot, such as a head with 0 CPUs, does
+    not count. Raises ConfigError where the machines have too little.
     """
     able = [node for node in nodes if _holds(node, need)]
     if not able:
         raise _too_small(nodes, need)
-    spread = -(-need.engines // len(able))
-    if need.gpus:
-        most = [int(node["GPU"] // need.gpus) for node in able]
-        if sum(most) < need.engines:
-            raise ConfigError(
-                f"The Ray cluster has GPUs for {sum(most)} replicas of {need.gpus:g} GPUs each on "
-                f"a machine; {need.engines} are wanted.",
-                param="data_parallel_size",
-            )
-        # Ray may fill a machine before it takes the next one.
-        shares = [_share(node, engines, need) for node, engines in zip(able, most, strict=True)]
-        # Of unequal machines each engine takes the cores that it finds, as no number fits them all.
-        per_node = most[0] if len(set(most)) == 1 else 1
-    else:
-        shares = [_share(node, spread, need) for node in able]
-        per_node = spread
-    each = max(need.ranks, min(shares))
+    most = _most_engines(able, need)
+    shares = [_share(node, engines, need) for node, engines in zip(able, most, strict=True)]
+    each = max(need.least_cpus, min(shares))
+    _check_places(nodes, able, each, need)
+    if max(shares) > each:
+        logger.info(
+            "each engine reserves %d CPUs, its part of the smallest machine that can hold one; on "
+            "the largest of %d machines it would be %d",
+            *(each, len(able), max(shares)),
+        )
+    # Of unequal machines with GPUs each engine takes the cores that it finds, as no number fits
+    # them all.
+    per_node = most[0] if len(set(most)) == 1 else 1
+    return Resources(engine_cpus=each, engine_gpus=need.gpus, per_node=per_node)
+
+
+def _most_engines(able: Sequence[Mapping[str, float]], need: Need) -> list[int]:
+    """Return on how many engines to count on each machine.
+
+    With GPUs as many as it has GPUs for, as Ray may fill a machine before it takes the next one.
+    Raises ConfigError where all together have too few GPUs.
+    """
+    if not need.gpus:
+        return [-(-need.engines // len(able))] * len(able)
+    most = [int(node["GPU"] // need.gpus) for node in able]
+    if sum(most) < need.engines:
+        raise ConfigError(
+            f"The Ray cluster has GPUs for {sum(most)} replicas of {need.gpus:g} GPUs each on "
+            f"a machine; {need.engines} are wanted.",
+            param="data_parallel_size",
+        )
+    return most
+
+
+def _check_places(
+    nodes: Sequence[Mapping[str, float]],
+    able: Sequence[Mapping[str, float]],
+    each: int,
+    need: Need,
+) -> None:
+    """Raise ConfigError where engines of ``each`` CPUs, and the rest, find no place.
+
+    ``able``: the machines that can hold an engine.
+    """
     places = sum(_places(node, each, need) for node in able)
     there = sum(node.get("CPU", 0) for node in nodes)
     if places < need.engines or there < each * need.engines + need.others_cpus:
@@ -124,12 +161,11 @@ def divided(nodes: Sequence[Mapping[str, float]], need: Need) -> Resources:
             f"{need.engines * each + need.others_cpus:g}.",
             param="data_parallel_size",
         )
-    return Resources(engine_cpus=each, engine_gpus=need.gpus, per_node=per_node)
 
 
 def _holds(node: Mapping[str, float], need: Need) -> bool:
     """Return whether a machine can hold one engine."""
-    return node.get("CPU", 0) >= need.ranks and node.get("GPU", 0) >= need.gpus
+    return node.get("CPU", 0) >= need.least_cpus and node.get("GPU", 0) >= need.gpus
 
 
 def _share(node: Mapping[str, float], engines: int, need: Need) -> int:
@@ -150,7 +186,7 @@ def _too_small(nodes: Sequence[Mapping[str, float]], need: Need) -> ConfigError:
     """Return the error of a cluster where no machine can hold an engine."""
     cpus = max((node.get("CPU", 0) for node in nodes), default=0)
     gpus = max((node.get("GPU", 0) for node in nodes), default=0)
-    wanted = f"{need.ranks} CPUs" + (f" and {need.gpus:g} GPUs" if need.gpus else "")
+    wanted = f"{need.least_cpus} CPUs" + (f" and {need.gpus:g} GPUs" if need.gpus else "")
     return ConfigError(
         f"A replica of {need.ranks} ranks needs {wanted} on one machine; the machines of the Ray "
         f"cluster have at most {cpus:g} CPUs and {gpus:g} GPUs.",

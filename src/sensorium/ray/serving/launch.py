@@ -10,7 +10,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -22,7 +22,7 @@ from sensorium.config import ServedConfig, ServerConfig
 from sensorium.errors import ConfigError
 from sensorium.ray.logs import show_logs
 from sensorium.ray.serving.app import ENGINE, QUIET, Resources, application, check
-from sensorium.ray.serving.claims import Claims
+from sensorium.ray.serving.claims import Claims, Phase, Start
 from sensorium.ray.serving.cluster import connected, missing, most_replicas
 from sensorium.ray.serving.engine import START_FAILED
 from sensorium.server.adapters.checks import check_adapters
@@ -114,9 +114,8 @@ class ReplicasRun:
         self._model = model
         self._host, self._port = model.server.host, port
         self._name = model.server.ray_application
-        self._owner = secrets.token_hex(8)
-        self._claims = Claims(self._name, self._owner)
-        self._was_there = True
+        self._claims = Claims(self._name)
+        self._was_there = False
         """True where the application was there before: then a start that fails leaves it."""
         self._is_up = False
 
@@ -155,15 +154,46 @@ class ReplicasRun:
         self._start_serve()
         self.find_address()
         logger.info("starting %d replicas", most_replicas(self._model))
-        found = serve.status().applications.get(self._name)
-        self._was_there = found is not None
-        is_ending = self._claims.add(application_there=self._was_there)
+        others = self._claims.add()
+        found = self._found_there(others)
+        if self.stop.is_set():
+            return False
         # Where all is as before, Ray Serve keeps the replicas, which these must not be.
-        is_useless = is_ending or (found is not None and found.status in _FAILED)
-        app = application(self._model, resources, fresh=self._owner if is_useless else "")
+        is_useless = self._claims.ending() is not None or _has_failed(found)
+        fresh = secrets.token_hex(8) if is_useless else ""
+        app = application(self._model, resources, fresh=fresh)
         server = self._model.server
         target = serve.RunTarget(app, name=self._name, route_prefix=server.root_path or "/")
         serve.run_many([target], wait_for_applications_running=False)
+        self._claims.deployed()
+        return self._has_come_up(resources)
+
+    def _found_there(self, others: Sequence[Start]) -> Any:
+        """Return the application that is there, None where there is none, and say whose it is.
+
+        Waits while another start deletes it. ``others``: starts that still run.
+        """
+        while self._claims.ending() is Phase.DELETING:
+            if self.stop.wait(_LOOK_SECONDS):
+                return None
+        found = serve.status().applications.get(self._name)
+        while found is not None and found.status == "DELETING" and not self.stop.is_set():
+            self.stop.wait(_LOOK_SECONDS)
+            found = serve.status().applications.get(self._name)
+        self._was_there = found is not None
+        if found is not None:
+            places = ", ".join(start.place for start in others)
+            logger.info(
+                "the application %r is there already (%s; %s): what has changed is replaced, and "
+                "it ends with this command",
+                self._name,
+                found.status,
+                f"served by {places}" if others else "no command is left that would end it",
+            )
+        return found
+
+    def _has_come_up(self, resources: Resources) -> bool:
+        """Wait until all is up; False when a signal comes first. Raises ConfigError."""
         has_said = False
         while not self.stop.wait(_LOOK_SECONDS):
             found = serve.status().applications.get(self._name)
@@ -171,7 +201,7 @@ class ReplicasRun:
                 raise ConfigError(f"The application {self._name!r} was ended while it started.")
             if found.status == "RUNNING":
                 return True
-            if found.status in _FAILED:
+            if _has_failed(found):
                 raise _failure(found)
             has_said = has_said or say_what_is_missing(found, resources)
         return False
@@ -210,7 +240,7 @@ class ReplicasRun:
 
     def _drain(self) -> None:
         """Refuse new requests and wait for running ones, unless another start has taken over."""
-        if not self._claims.end():
+        if not self._claims.end(Phase.DRAINING):
             logger.info("another start has taken over the application %r: it goes on", self._name)
             return
         logger.info("finishing running requests; a second signal stops at once")
@@ -226,12 +256,23 @@ class ReplicasRun:
             if not self.hurry.is_set():
                 serve.shutdown()
             return
-        is_last = self._claims.end() if self._is_up else self._claims.remove()
-        if not is_last:
-            self._claims.remove()
-        elif self._is_up or not self._was_there:
-            self._claims.clear()
+        is_own = self._is_up or not (self._was_there or self._claims.others())
+        if is_own and self._claims.end(Phase.DELETING):
             serve.delete(self._name, _blocking=not self.hurry.is_set())
+            self._claims.clear()
+            return
+        self._claims.remove()
+        if self._was_there and not self._claims.others():
+            logger.warning(
+                "the application %r goes on, and no command is left that would end it: start one "
+                "with this --ray-application again, which takes it over",
+                self._name,
+            )
+
+
+def _has_failed(found: Any) -> bool:
+    """Return whether an application, if there is one, has failed."""
+    return found is not None and found.status in _FAILED
 
 
 def _quietly(work: Callable[[], None]) -> None:
