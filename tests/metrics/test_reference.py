@@ -16,12 +16,14 @@ from sensorium.metrics.families import (
     FAMILIES,
     LORA_ROWS,
     MEDIA_ROWS,
+    SERVER,
     STAGE_UNITS,
     MetricFamily,
 )
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.metrics.reference import metrics_markdown
 from sensorium.metrics.report import RequestReport
+from sensorium.metrics.servers import OtherServers
 from sensorium.metrics.statistics import Statistics
 from sensorium.multimodal.cache.features import CacheStats
 from sensorium.multimodal.fetch.fetcher import DownloadStats
@@ -43,9 +45,11 @@ def rendered() -> dict[str, tuple[str, frozenset[str]]]:
         longest_sample=1, num_samples=1, max_tokens=1, e2e_seconds=1.0, adapter="a",
     ))  # fmt: skip
     families = {}
-    for family in text_string_to_metric_families(metrics.render().decode()):
+    text = metrics.render(OtherServers("b", {}, 0)).decode()
+    for family in text_string_to_metric_families(text):
         if not family.name.endswith("_created"):
-            labels = frozenset(k for s in family.samples for k in s.labels) - {"le", *COMMON_LABELS}
+            labels = {k for s in family.samples for k in s.labels}
+            labels = frozenset(labels - {"le", SERVER, *COMMON_LABELS})
             families[family.name.removeprefix("p:")] = (family.type, labels)
     return families
 

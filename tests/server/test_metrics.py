@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sensorium.errors import MediaRefusedError
 from sensorium.metrics.families import COMMON_LABELS
+from sensorium.metrics.servers import OtherServers
 from tests.server.fake_frontend import FakeFrontend, fail, hang
 from tests.server.harness import USER, App, running, until
 
@@ -102,3 +103,18 @@ async def test_metrics_say_whether_the_engine_serves() -> None:
     app.app.state.context.arrivals.draining = True
     await app.get("/metrics")
     assert values(app.app, "sensorium:engine_up") == {(): 0.0}
+
+
+async def test_other_processes_are_asked_for_their_metrics() -> None:
+    app, other = App(), App()
+    await other.chat()
+
+    async def ask() -> OtherServers:
+        return OtherServers("a", {"b": other.app.state.context.metrics.of_process()})
+
+    app.app.state.context.ask_others = ask
+    text = (await app.get("/metrics")).body.decode()
+    own = [line for line in text.splitlines() if line.startswith("http_requests_total{")]
+    assert len(own) == 1
+    assert 'server="b"' in own[0]
+    assert 'server="a"' in text

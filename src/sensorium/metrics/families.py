@@ -15,7 +15,11 @@ from sensorium import errors
 Kind = Literal["gauge", "counter", "histogram"]
 
 COMMON_LABELS = ("model_name", "engine")
-"""``engine`` is the index of the engine, as in vLLM. There is one, 0."""
+"""``engine`` is the index of the engine, as in vLLM: 0, or the id of a replica."""
+ENGINE = "0"
+"""Index of a model's only engine, and what stands there for what belongs to no replica of it."""
+SERVER = "server"
+"""Label of the process for HTTP, where several answer for one another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +257,8 @@ MEDIA_ROWS = (
     ),
 )
 STAGES = ("fetch", "decode", "preprocess", "encode")
+ENGINE_STAGES = ("encode",)
+"""Those of an engine; the others are of the process that loads media."""
 STAGE_UNITS = (
     (
         MetricFamily("media_stage_items", "counter", "Items that passed a stage.", ("stage",)),
@@ -418,6 +424,13 @@ PROCESS_MEMORY = MetricFamily(
     ("process",),
 )
 
+SERVERS_MISSING = MetricFamily(
+    "servers_missing",
+    "gauge",
+    "Processes for HTTP whose metrics are not in this answer, as they did not reply in time or are "
+    "starting. Only with --api-server-count above 1; model_name is empty.",
+)
+
 SECTIONS: dict[str, tuple[MetricFamily, ...]] = {
     "Requests": REQUESTS,
     "Engine": (
@@ -430,7 +443,7 @@ SECTIONS: dict[str, tuple[MetricFamily, ...]] = {
         MEDIA_FAILURES,
         *(row.family for row in MEDIA_ROWS),
     ),
-    "HTTP server": (HTTP_REQUESTS, HTTP_SECONDS, EVENT_LOOP_LAG),
+    "HTTP server": (HTTP_REQUESTS, HTTP_SECONDS, EVENT_LOOP_LAG, SERVERS_MISSING),
     "Processes": (PROCESS_MEMORY,),
 }
 """All families, in the sections of ``docs/metrics.md``."""

@@ -15,18 +15,17 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import Metric
 
 from sensorium.errors import ConfigError
 from sensorium.metrics import families
-from sensorium.metrics.families import COMMON_LABELS, MetricFamily
+from sensorium.metrics.families import COMMON_LABELS, ENGINE, MetricFamily
 from sensorium.metrics.processes import MemoryCollector
 from sensorium.metrics.report import RequestReport
+from sensorium.metrics.servers import OtherServers, merged, of_process, registry_of
 from sensorium.metrics.statistics import Statistics, StatisticsCollector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-ENGINE = "0"
-"""Index of a model's only engine."""
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
@@ -45,7 +44,7 @@ class _Families:
         self.statistics = StatisticsCollector(prefix)
         registry.register(self.statistics)
         registry.register(MemoryCollector(prefix, ("", ENGINE)))  # of no single model
-        self._prefix = prefix
+        self.prefix = prefix
         self._known: dict[str, Histogram | Counter] = {}
 
     def histogram(self, family: MetricFamily) -> Histogram:
@@ -53,7 +52,7 @@ class _Families:
         found = self._known.get(family.name)
         if found is None:
             found = self._known[family.name] = Histogram(
-                family.full_name(self._prefix),
+                family.full_name(self.prefix),
                 family.help,
                 (*COMMON_LABELS, *family.labels),
                 buckets=family.buckets,
@@ -66,7 +65,7 @@ class _Families:
         """Return a family of counters."""
         found = self._known.get(family.name)
         if found is None:
-            name, labels = family.full_name(self._prefix), (*COMMON_LABELS, *family.labels)
+            name, labels = family.full_name(self.prefix), (*COMMON_LABELS, *family.labels)
             found = Counter(name, family.help, labels, registry=self.registry)
             self._known[family.name] = found
         assert isinstance(found, Counter)
@@ -124,9 +123,16 @@ class ServerMetrics:
         self._http_requests.labels(*labels, f"{status // 100}xx", str(status)).inc()
         self._http_seconds.labels(*labels).observe(seconds)
 
-    def render(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return bytes(generate_latest(self.registry))
+    def render(self, others: OtherServers | None = None) -> bytes:
+        """Return all metrics in Prometheus' text format, with those of other processes."""
+        if others is None:
+            return bytes(generate_latest(self.registry))
+        families = merged(list(self.registry.collect()), others, self._families.prefix)
+        return bytes(generate_latest(registry_of(families)))
+
+    def of_process(self) -> list[Metric]:
+        """Return what is of this process, and not of the replicas of engines behind it."""
+        return of_process(self.registry.collect())
 
 
 class ServingMetrics(ServerMetrics):
@@ -208,17 +214,24 @@ class ServingMetrics(ServerMetrics):
         self._families.statistics.update((self._model_name, ENGINE), stats, up=up)
 
     def update_replicas(
-        self, replicas: Mapping[str, tuple[Statistics, bool]], *, up: bool = True
+        self,
+        replicas: Mapping[str, tuple[Statistics, bool]],
+        media: Mapping[str, float],
+        *,
+        up: bool = True,
     ) -> None:
         """Set the statistics of replicas, by the name that is their label ``engine``.
 
-        ``up``: the server takes requests; of each replica likewise. Those that were set before and
-        are not among them are forgotten.
+        ``media``: numbers of this process, which loads media for them; see ``Statistics``. ``up``:
+        the server takes requests; of each replica likewise. Those that were set before and are not
+        among them are forgotten.
         """
         statistics = self._families.statistics
         for name, (stats, is_up) in replicas.items():
-            statistics.update((self._model_name, name), stats, up=up and is_up)
+            labels = (self._model_name, name)
+            statistics.update(labels, stats, up=up and is_up, is_replica=True)
         statistics.keep([(self._model_name, name) for name in replicas], self._model_name)
+        statistics.update_media((self._model_name, ENGINE), media)
 
     def _count_adapter(self, name: str) -> None:
         """Count a request of an adapter. Names beyond the limit share a series."""

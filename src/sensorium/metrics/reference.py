@@ -17,7 +17,10 @@ the names that dashboards for FastAPI expect. Counters are scraped with `_total`
 `_bucket`, `_sum` and `_count`; series of creation times (`_created`) are left out.
 
 Every series has the labels `model_name` and `engine` (0, or the id of a replica); further labels
-are listed. A server of several models has series of each, by its first name; the event loop and
+are listed. With several processes for HTTP (`--api-server-count`) an answer has the metrics of all of
+them, and those of requests, media, HTTP and memory have the label `server`, the id of the process;
+those of a process that does not reply within two seconds are left out, which `servers_missing`
+counts. A server of several models has series of each, by its first name; the event loop and
 HTTP requests that name no model have an empty `model_name`. `handler` is the template of a route,
 such as `/v1/models/{name:path}`, or `none` for a request without a route. `status` is `2xx`,
 `4xx` and so on, `code` the status itself. A request that is refused before it reaches the engine

@@ -20,6 +20,7 @@ from sensorium.metrics.families import (
     CACHE_CONFIG,
     COMMON_LABELS,
     ENGINE_ROWS,
+    ENGINE_STAGES,
     ENGINE_UP,
     FAILURE,
     ITERATION_TOKENS,
@@ -101,14 +102,27 @@ class StatisticsCollector(Collector):
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self._latest: dict[tuple[str, ...], tuple[Statistics | None, bool]] = {}
+        self._latest: dict[tuple[str, ...], tuple[Statistics | None, bool, bool]] = {}
+        self._media: dict[tuple[str, ...], Mapping[str, float]] = {}
 
-    def update(self, labels: tuple[str, ...], stats: Statistics | None, *, up: bool) -> None:
+    def update(
+        self,
+        labels: tuple[str, ...],
+        stats: Statistics | None,
+        *,
+        up: bool,
+        is_replica: bool = False,
+    ) -> None:
         """Set the statistics of an engine; None before its first start.
 
-        ``labels``: its values of ``COMMON_LABELS``. ``up``: it can serve requests.
+        ``labels``: its values of ``COMMON_LABELS``. ``up``: it can serve requests. ``is_replica``:
+        media are loaded elsewhere, and it only encodes them.
         """
-        self._latest[labels] = stats, up
+        self._latest[labels] = stats, up, is_replica
+
+    def update_media(self, labels: tuple[str, ...], media: Mapping[str, float]) -> None:
+        """Set the numbers of media of a process that loads them for replicas."""
+        self._media[labels] = media
 
     def keep(self, labels: Collection[tuple[str, ...]], model_name: str) -> None:
         """Forget the engines of a model that are not among ``labels``."""
@@ -118,13 +132,33 @@ class StatisticsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield each family with its values for all engines."""
         merged: dict[str, Metric] = {}
-        for labels, (stats, up) in self._latest.items():
-            engine = _EngineMetrics(self._prefix, labels)
-            for metric in engine.metrics(stats, up=up):
-                known = merged.setdefault(metric.name, metric)
-                if known is not metric:
-                    known.samples.extend(metric.samples)
+        for metric in self._of_all():
+            known = merged.setdefault(metric.name, metric)
+            if known is not metric:
+                known.samples.extend(metric.samples)
         yield from merged.values()
+
+    def _of_all(self) -> Iterator[Metric]:
+        """Yield families, those of each engine for itself."""
+        for labels, (stats, up, is_replica) in self._latest.items():
+            engine = _EngineMetrics(self._prefix, labels)
+            yield from engine.metrics(stats, up=up)
+            if stats is None:
+                continue
+            encoding = {
+                "encode_count": stats.encode_items,
+                "encode_seconds": stats.encode_seconds,
+                "encode_num_bytes": stats.encode_num_bytes,
+            }
+            if is_replica:
+                yield from engine.stages(encoding, ENGINE_STAGES)
+            else:
+                yield from engine.media(stats.media)
+                yield from engine.stages({**stats.media, **encoding}, STAGES)
+        for labels, media in self._media.items():
+            process = _EngineMetrics(self._prefix, labels)
+            yield from process.media(media)
+            yield from process.stages(media, [s for s in STAGES if s not in ENGINE_STAGES])
 
 
 class _EngineMetrics:
@@ -164,19 +198,19 @@ class _EngineMetrics:
             yield self._lora_info(stats)
             for row in LORA_ROWS:
                 yield self._one(row.family, getattr(stats, row.field))
+
+    def media(self, media: Mapping[str, float]) -> Iterator[Metric]:
+        """Yield the families of the process that loads media, but for the stages."""
         for row in MEDIA_ROWS:
-            yield self._one(row.family, stats.media.get(row.field, 0.0))
-        stages = {
-            **stats.media,
-            "encode_count": stats.encode_items,
-            "encode_seconds": stats.encode_seconds,
-            "encode_num_bytes": stats.encode_num_bytes,
-        }
+            yield self._one(row.family, media.get(row.field, 0.0))
+        yield self._many(MEDIA_FAILURES, _failures(media))
+
+    def stages(self, numbers: Mapping[str, float], stages: Sequence[str]) -> Iterator[Metric]:
+        """Yield the families of some stages; ``numbers`` by stage and unit."""
         for family, unit in STAGE_UNITS:
             yield self._many(
-                family, {stage: stages.get(f"{stage}_{unit}", 0.0) for stage in STAGES}
+                family, {stage: numbers.get(f"{stage}_{unit}", 0.0) for stage in stages}
             )
-        yield self._many(MEDIA_FAILURES, _failures(stats.media))
 
     def _iterations(self, stats: Statistics) -> Metric:
         family = ITERATION_TOKENS

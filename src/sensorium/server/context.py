@@ -6,14 +6,16 @@ import asyncio
 import hashlib
 import itertools
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import Request
 
 from sensorium.config import ServerConfig
 from sensorium.errors import InvalidRequestError
 from sensorium.metrics.prometheus import ServerMetrics
+from sensorium.metrics.servers import OtherServers
 from sensorium.models.embedder import POOLS
 from sensorium.server.admission import Admission, Arrivals
 from sensorium.server.http.encoding import MOST_AT_ONCE
@@ -38,6 +40,7 @@ class ServingContext:
     ``num_in_flight`` counts HTTP requests that have not been answered completely. ``turns`` spreads
     work that blocks the event loop; ``unpacking`` limits how many bodies are decompressed at once.
     ``background``: by tenant and id, the responses that are made without a connection.
+    ``ask_others``: gets the metrics of other processes for HTTP; None where there are none.
     """
 
     config: ServerConfig
@@ -52,7 +55,18 @@ class ServingContext:
     turns: Turns = field(default_factory=Turns)
     unpacking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_AT_ONCE))
     background: dict[tuple[str, str], asyncio.Task[None]] = field(default_factory=dict)
+    ask_others: Callable[[], Coroutine[Any, Any, OtherServers]] | None = None
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    async def update_metrics(self) -> None:
+        """Set the statistics of all engines, and of media, for the next answer of ``/metrics``."""
+        found = await asyncio.gather(*(model.stats() for model in self.models))
+        for model, stats in zip(self.models, found, strict=True):
+            up = model.state == "ready" and not self.arrivals.draining
+            if replicas := await model.replica_stats():
+                model.metrics.update_replicas(replicas, model.media_stats(), up=up)
+            else:
+                model.metrics.update(stats, up=up)
 
     def engine_id(self, request_id: str) -> str:
         """Return an id that is unique in this server, though callers may repeat theirs."""

@@ -198,11 +198,11 @@ class Frontend:
 
     async def replica_stats(self) -> dict[str, ReplicaStats]:
         """Return the counters of each replica by its name; nothing where there is one engine."""
-        found = await self._engine.replica_stats()
-        for replica in list(found.values())[:1]:
-            # Of this process, so only once.
-            replica.stats.media = self.input_processor.media_stats()
-        return found
+        return await self._engine.replica_stats()
+
+    def media_stats(self) -> dict[str, float]:
+        """Return the counters of the media that this process loads, by name."""
+        return self.input_processor.media_stats()
 
     async def generate(
         self,

@@ -17,6 +17,7 @@ from sensorium.engine.serving.frontend import Frontend
 from sensorium.ray.media.features import FeaturesOut
 from sensorium.ray.media.names import NamesElsewhere
 from sensorium.ray.serving.engines import RayEngines
+from sensorium.ray.serving.scrape import Answer, Neighbours
 from sensorium.server.app import build_app
 from sensorium.server.context import ServingContext
 from sensorium.server.http.loop_lag import LagSampler
@@ -49,11 +50,20 @@ class Server:
         await self._models.start()
         self._lag = LagSampler(self._context.metrics.loop_lag)
         self._lag.__enter__()
+        self._name = serve.get_replica_context().replica_id.unique_id
+        if config.server.api_server_count > 1:
+            neighbours = Neighbours(self._name, config.server.api_server_count, "metrics")
+            self._context.ask_others = neighbours.ask
         reduce_pauses()
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the application; Ray Serve asks for it after the start."""
         return _Answers(self._app)
+
+    async def metrics(self) -> Answer:
+        """Return the metrics of this process, for another one that is scraped."""
+        await self._context.update_metrics()
+        return self._name, await asyncio.to_thread(self._context.metrics.of_process)
 
     async def drain(self) -> None:
         """Refuse new requests, and let running ones end, or end them when their time is over."""

@@ -275,6 +275,10 @@ class ServedModel:
         """Return the counters of each replica by its name; nothing where there is one engine."""
         return {} if self._context is None else await self._context.frontend.replica_stats()
 
+    def media_stats(self) -> dict[str, float]:
+        """Return the counters of the media that this process loads for replicas, by name."""
+        return {} if self._context is None else self._context.frontend.media_stats()
+
     async def _load(self) -> ModelContext:
         began = self._clock()
         try:

@@ -38,19 +38,16 @@ def health_router() -> APIRouter:
 
     @router.get("/metrics", response_model=None)
     async def metrics(request: Request) -> Response:
-        """Return all metrics in Prometheus' text format.
+        """Return all metrics in Prometheus' text format, those of other processes for HTTP as well.
 
         While a model has no engine its metrics keep their last values.
         """
         context = context_of(request)
-        found = await asyncio.gather(*(model.stats() for model in context.models))
-        for model, stats in zip(context.models, found, strict=True):
-            up = model.state == "ready" and not context.arrivals.draining
-            if replicas := await model.replica_stats():
-                model.metrics.update_replicas(replicas, up=up)
-            else:
-                model.metrics.update(stats, up=up)
-        text = await asyncio.to_thread(context.metrics.render)
+        ask = context.ask_others
+        others = None if ask is None else asyncio.create_task(ask())
+        await context.update_metrics()
+        gathered = None if others is None else await others
+        text = await asyncio.to_thread(context.metrics.render, gathered)
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
     return router
