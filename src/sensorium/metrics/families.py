@@ -15,9 +15,8 @@ from sensorium import errors
 Kind = Literal["gauge", "counter", "histogram"]
 
 COMMON_LABELS = ("model_name", "engine")
-"""``engine`` is the index of the engine, as in vLLM: 0, or the id of a replica."""
-ENGINE = "0"
-"""Index of a model's only engine, and what stands there for what belongs to no replica of it."""
+"""``engine`` is the index of the engine, as in vLLM, or the id of a replica."""
+ENGINE = "0"  # a model's only engine; also what belongs to none of several replicas
 SERVER = "server"
 """Label of the process for HTTP, where several answer for one another."""
 
@@ -257,8 +256,8 @@ MEDIA_ROWS = (
     ),
 )
 STAGES = ("fetch", "decode", "preprocess", "encode")
-ENGINE_STAGES = ("encode",)
-"""Those of an engine; the others are of the process that loads media."""
+ENGINE_STAGES = STAGES[3:]
+"""The others are of the process that loads media."""
 STAGE_UNITS = (
     (
         MetricFamily("media_stage_items", "counter", "Items that passed a stage.", ("stage",)),
@@ -427,8 +426,8 @@ PROCESS_MEMORY = MetricFamily(
 SERVERS_MISSING = MetricFamily(
     "servers_missing",
     "gauge",
-    "Processes for HTTP whose metrics are not in this answer, as they did not reply in time or are "
-    "starting. Only with --api-server-count above 1; model_name is empty.",
+    "Processes for HTTP that did not reply in time, whose metrics are not in this answer. Only with "
+    "--api-server-count above 1; model_name is empty.",
 )
 
 SECTIONS: dict[str, tuple[MetricFamily, ...]] = {
