@@ -426,8 +426,8 @@ PROCESS_MEMORY = MetricFamily(
 SERVERS_MISSING = MetricFamily(
     "servers_missing",
     "gauge",
-    "Processes for HTTP that did not reply in time, whose metrics are not in this answer. Only with "
-    "--api-server-count above 1; model_name is empty.",
+    "Processes for HTTP that did not reply in time: their metrics are not in this answer. Only "
+    "with --api-server-count above 1; model_name is empty.",
 )
 
 SECTIONS: dict[str, tuple[MetricFamily, ...]] = {
