@@ -217,7 +217,7 @@ def test_a_start_waits_until_another_one_has_deleted_the_application(
             return False
 
     run.stop = Waits()
-    assert run._found_there([]) is None
+    assert run.found_there([]) is None
     assert fake.names == ()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,12 +33,8 @@ def neighbours(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> Neighbours:
             raise answers[0]
         return [Result(answer) for answer in answers]
 
-    response = SimpleNamespace(_fetch_replica_results_async=results)
-    handle = SimpleNamespace(broadcast=lambda method: response)
-    made = Neighbours("own", 4, "metrics")
-    monkeypatch.setattr(made, "_handle", handle)
     monkeypatch.setattr(scrape, "ANSWER_SECONDS", 0.01)
-    return made
+    return Neighbours("own", 4, results)
 
 
 async def test_who_does_not_answer_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ class ReplicasRun:
         self.find_address()
         logger.info("starting %d replicas", most_replicas(self._model))
         others = self._claims.add()
-        found = self._found_there(others)
+        found = self.found_there(others)
         if self.stop.is_set():
             return False
         # Where all is as before, Ray Serve keeps the replicas, which these must not be.
@@ -168,7 +168,7 @@ class ReplicasRun:
         self._claims.deployed()
         return self._has_come_up(resources)
 
-    def _found_there(self, others: Sequence[Start]) -> Any:
+    def found_there(self, others: Sequence[Start]) -> Any:
         """Return the application that is there, None where there is none, and say whose it is.
 
         Waits while another start deletes it. ``others``: starts that still run.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from prometheus_client.core import Metric
@@ -22,16 +22,21 @@ Answer = tuple[str, list[Metric]]
 """Name of a process, and its families."""
 
 
+Results = list[Any]
+"""Ray Serve's results of one call to each process, which are still to come."""
+
+
 class Neighbours:
     """The processes of one deployment, as one of them asks for their metrics.
 
-    ``num_wanted``: how many there should be, with this one. ``method``: of the deployment, which
-    returns an ``Answer``.
+    ``num_wanted``: how many there should be, with this one. ``send``: sends the call that returns
+    an ``Answer``, such as ``to_all`` makes.
     """
 
-    def __init__(self, own_name: str, num_wanted: int, method: str) -> None:
-        self._own_name, self._num_wanted, self._method = own_name, num_wanted, method
-        self._handle: Any = None
+    def __init__(
+        self, own_name: str, num_wanted: int, send: Callable[[], Coroutine[Any, Any, Results]]
+    ) -> None:
+        self._own_name, self._num_wanted, self._send = own_name, num_wanted, send
 
     async def ask(self) -> OtherServers:
         """Return what the others answered in time; that none does is no error."""
@@ -39,7 +44,7 @@ class Neighbours:
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 # A context of its own, as in the index: Ray Serve would count it to the scrape.
-                sent = await own_task(self._sent())
+                sent = await own_task(self._send())
         except Exception as error:  # Ray Serve's are no RayError
             logger.info("other processes cannot be asked: %s", type(error).__name__)
         else:
@@ -49,15 +54,18 @@ class Neighbours:
         missing = max(0, self._num_wanted - 1 - len(found))
         return OtherServers(self._own_name, found, missing)
 
-    async def _sent(self) -> list[Any]:
-        """Send the call to each process; return Ray Serve's results, which are still to come."""
-        if self._handle is None:
-            context = serve.get_replica_context()
-            self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
+
+def to_all(method: str) -> Callable[[], Coroutine[Any, Any, Results]]:
+    """Return what calls a method of each process of the deployment that this one is of."""
+    context = serve.get_replica_context()
+    handle = serve.get_deployment_handle(context.deployment, context.app_name)
+
+    async def send() -> Results:
         # Not ``results_async``, whose one timeout would lose the answers that came in time.
-        response = self._handle.broadcast(self._method)
-        sent: list[Any] = await response._fetch_replica_results_async()
-        return sent
+        results: Results = await handle.broadcast(method)._fetch_replica_results_async()
+        return results
+
+    return send
 
 
 async def _in_time(answer: Coroutine[Any, Any, Answer]) -> Answer | None:

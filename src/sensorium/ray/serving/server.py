@@ -17,7 +17,7 @@ from sensorium.engine.serving.frontend import Frontend
 from sensorium.ray.media.features import FeaturesOut
 from sensorium.ray.media.names import NamesElsewhere
 from sensorium.ray.serving.engines import RayEngines
-from sensorium.ray.serving.scrape import Answer, Neighbours
+from sensorium.ray.serving.scrape import Answer, Neighbours, to_all
 from sensorium.server.app import build_app
 from sensorium.server.context import ServingContext
 from sensorium.server.http.loop_lag import LagSampler
@@ -52,8 +52,8 @@ class Server:
         self._lag.__enter__()
         self._name = serve.get_replica_context().replica_id.unique_id
         if config.server.api_server_count > 1:
-            neighbours = Neighbours(self._name, config.server.api_server_count, "metrics")
-            self._context.ask_others = neighbours.ask
+            num_servers = config.server.api_server_count
+            self._context.ask_others = Neighbours(self._name, num_servers, to_all("metrics")).ask
         reduce_pauses()
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
