@@ -20,7 +20,7 @@ _DIGITS = 12
 
 
 class Phase(enum.Enum):
-    """What the start that ends an application does."""
+    """Step of the start that ends an application."""
 
     DRAINING = b"draining"
     """Its processes refuse requests for good, so a start that comes now has to replace all."""

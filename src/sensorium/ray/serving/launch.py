@@ -184,10 +184,9 @@ class ReplicasRun:
         if found is not None:
             places = ", ".join(start.place for start in others)
             logger.info(
-                "the application %r is there already (%s; %s): what has changed is replaced, and "
-                "it ends with this command",
+                "the application %r is there already (%s): what has changed is replaced, and it "
+                "ends with this command",
                 self._name,
-                found.status,
                 f"served by {places}" if others else "no command is left that would end it",
             )
         return found
