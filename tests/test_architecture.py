@@ -111,11 +111,13 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"embedder", "native", "hub_gguf", "shares"},
         {"families"},
         {"registry"},
+        {"encoders"},
         {"loader", "needs"},
     ),
     "engine": (
         {"stats", "wire", "shared", "iterations", "stations"},
         {"loading"},
+        {"encoding"},
         {"parallel"},
         {"grammar"},
         {"adapters", "engine", "executor"},
@@ -143,8 +145,9 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"launch"},
     ),
     "ray": (
-        {"cluster", "extra", "logs", "tasks"},
+        {"cluster", "extra", "logs", "start", "tasks"},
         {"media"},
+        {"encoders"},
         {"data", "serving"},
     ),
     "cli": (

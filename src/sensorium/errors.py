@@ -26,6 +26,7 @@
     │   └── ForkedProcessError            a model, or an LLM, used in a forked process
     └── UnavailableError                  not now: 503
         ├── OverloadedError               503 overloaded
+        ├── EncoderEndedError             503 encoder_ended
         └── EngineDeadError               503 engine_unavailable
 
 Each class carries its HTTP status and code; the server has one handler that maps them, and offline
@@ -277,6 +278,12 @@ class OverloadedError(UnavailableError):
     """The queue is full; try again later."""
 
     code = "overloaded"
+
+
+class EncoderEndedError(UnavailableError):
+    """An item ended the encoders that had it, and is not tried again for some time."""
+
+    code = "encoder_ended"
 
 
 class EngineDeadError(UnavailableError):

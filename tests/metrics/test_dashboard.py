@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from sensorium.metrics.families import COMMON_LABELS, FAMILIES
+from sensorium.metrics.families import COMMON_LABELS
+from sensorium.metrics.reference import FAMILIES
 
 FILE = Path(__file__).parents[2] / "examples" / "grafana" / "sensorium.json"
 DASHBOARD: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ import sys
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sensorium.engine.stats import EngineStats
+from sensorium.engine.stats import EncodersApart, EncoderStats, EngineStats
 from sensorium.errors import ConfigError
 from sensorium.metrics.families import (
     COMMON_LABELS,
@@ -404,3 +404,21 @@ def test_names_of_adapters_make_a_bounded_number_of_series() -> None:
     assert len(found) == MOST_ADAPTERS + 1
     assert found["a0"] == 2
     assert found[OTHER_ADAPTERS] == 10
+
+
+def test_replicas_of_encoders_have_their_names_and_go_with_them() -> None:
+    metrics = ServingMetrics("p:", model_name="m")
+    replicas = {"a": EncoderStats(num_items=3), "b": EncoderStats(num_waiting=2)}
+    metrics.update_encoders(EncodersApart(replicas, {"failed": 4}, 5))
+    text = metrics.render().decode()
+    assert 'p:encoder_replica_items_total{engine="a",model_name="m"} 3.0' in text
+    assert 'p:encoder_replica_waiting{engine="b",model_name="m"} 2.0' in text
+    fallbacks = 'p:encoder_fallback_items_total{engine="0",model_name="m",reason="failed"} 4.0'
+    assert fallbacks in text
+    assert 'p:encoder_refused_items_total{engine="0",model_name="m"} 5.0' in text
+    metrics.update_encoders(EncodersApart({}, {"failed": 4}))
+    text = metrics.render().decode()
+    assert 'engine="a"' not in text
+    assert fallbacks in text
+    metrics.update_encoders(None)
+    assert "encoder_replica" not in metrics.render().decode()

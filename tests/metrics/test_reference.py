@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sensorium.engine.stats import EngineStats
+from sensorium.engine.stats import EncodersApart, EncoderStats, EngineStats
+from sensorium.metrics.encoder_families import ENCODER_ROWS
 from sensorium.metrics.families import (
     COMMON_LABELS,
     ENGINE_ROWS,
-    FAMILIES,
     LORA_ROWS,
     MEDIA_ROWS,
     SERVER,
@@ -21,7 +21,7 @@ from sensorium.metrics.families import (
     MetricFamily,
 )
 from sensorium.metrics.prometheus import ServingMetrics
-from sensorium.metrics.reference import metrics_markdown
+from sensorium.metrics.reference import FAMILIES, metrics_markdown
 from sensorium.metrics.report import RequestReport
 from sensorium.metrics.servers import OtherServers
 from sensorium.metrics.statistics import Statistics
@@ -39,6 +39,7 @@ def rendered() -> dict[str, tuple[str, frozenset[str]]]:
     """
     metrics = ServingMetrics("p:", model_name="m")
     metrics.update(EngineStats(max_loras=1))
+    metrics.update_encoders(EncodersApart({"1": EncoderStats()}))
     metrics.http_request("/", "GET", 200, 0.1)
     metrics.finished(RequestReport(
         finish_reason="stop", num_prompt_tokens=1, num_cached_tokens=0, num_generation_tokens=1,
@@ -76,6 +77,8 @@ def test_every_number_is_one_that_the_engine_and_the_pipeline_give() -> None:
     fields = {field.name for field in dataclasses.fields(EngineStats)}
     assert {row.field for row in (*ENGINE_ROWS, *LORA_ROWS)} <= fields
     assert set(Statistics.__annotations__) <= fields
+    fields = {field.name for field in dataclasses.fields(EncoderStats)}
+    assert {row.field for row in ENCODER_ROWS} == fields
     media = (
         StageCounters()
         .snapshot(CacheStats(0, 0, 0, 0, 0, 0), DecoderStats(), DownloadStats())

@@ -19,16 +19,20 @@ from ray.serve.exceptions import RayServeException
 
 from sensorium.config import EngineConfig, engine_config
 from sensorium.engine import wire
-from sensorium.engine.executor import device_name
+from sensorium.engine.loading import device_name
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import EngineDeadError
+from sensorium.models.gguf import folder as folders
 from sensorium.models.loading import checkpoint
 from sensorium.models.loading.weight_files import identity_of_checkpoint
 from sensorium.multimodal.items import Features, MediaItem
 from sensorium.ray.media import embeddings
 from sensorium.ray.media import index as indexes
-from sensorium.ray.media.embeddings import SharedEmbeddings, space_of
+from sensorium.ray.media.embeddings import SharedEmbeddings
 from sensorium.ray.media.index import IndexClient, SharedIndex, SharedRef
+from sensorium.ray.media.space import Space, files_of, space_of
+from tests.checkpoints import make_text
+from tests.checkpoints.gguf import write_gguf
 from tests.ray.indexes import emptied
 
 BITS = np.arange(32, dtype=np.uint8).reshape(4, 8)
@@ -291,31 +295,57 @@ async def test_offers_under_way_have_so_many_bytes(monkeypatch: pytest.MonkeyPat
     assert asked == [b"large", b"a", b"b"]
 
 
-def space(model: str, facts: EngineFacts = FACTS, **options: Any) -> bytes | None:
+def space(model: str, numerics: str = "cpu avx2 bfloat16", **options: Any) -> bytes:
     config: EngineConfig = engine_config(model=model, **options)
-    return space_of(config, facts)
+    return space_of(config, numerics, files_of(config))
 
 
 def test_models_with_other_weights_share_nothing() -> None:
     demo = space("demo")
-    assert demo is not None
+    assert demo
     assert demo == space("demo")
-    assert demo != space("demo", dtype="float32")
+    assert demo == space("demo", dtype="bfloat16", device="cpu", num_threads=3), "as numerics says"
     assert demo != space("demo", media_io_kwargs={"video": {"fps": 1}})
     assert demo != space("demo-audio")
-    assert space("demo", load_format="dummy") is None
+    assert not space("demo", load_format="dummy")
+    assert not space("demo", "")
 
 
 def test_encoders_whose_bits_differ_share_nothing() -> None:
-    one = space("demo")
-    others = {
-        "dtype": EngineFacts(64, 4, 16, 64, "cpu", "float16", 1, 0.0),
-        "device": EngineFacts(64, 4, 16, 64, "cuda:0", "bfloat16", 1, 0.0),
-        "kind": EngineFacts(64, 4, 16, 64, "cuda:1", "bfloat16", 1, 0.0, device_name="T4 7.5"),
-    }
-    found = {space("demo", facts) for facts in others.values()}
-    assert len(found) == 3
-    assert one not in found
+    assert len({space("demo", bits) for bits in ("cpu avx2 float16", "cuda H200 float16")}) == 2
+
+
+async def test_weights_that_were_replaced_while_they_were_read_have_no_identity(
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(checkpoint.find("demo"), tmp_path / "model"))
+    [weights] = folder.glob("*.safetensors")
+    own = Space(engine_config(model=str(folder)))
+    await own.look_before()
+    first = await own.look("cpu")
+    assert first
+    own.forget()
+    assert not own.value
+    assert await own.look("cpu") == first, "started again from the same files"
+    os.utime(weights, ns=(1, 1))
+    assert not await own.look("cpu"), "from which files is not known"
+    assert await own.look("cpu") not in (b"", first)
+    weights.unlink()
+    fetched = Space(engine_config(model=str(folder)))
+    await fetched.look_before()
+    assert not await fetched.look("cpu")
+
+
+def test_a_gguf_file_is_told_by_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "cache_root", lambda: tmp_path / "caches")
+    file = tmp_path / "model.gguf"
+    write_gguf(make_text("qwen2", tmp_path / "text"), file)
+    first = space(str(file))
+    assert first == space(str(file))
+    os.utime(file, ns=(1, 1))
+    assert space(str(file)) not in (b"", first)
 
 
 def test_copies_of_a_checkpoint_are_told_apart_by_any_change(tmp_path: Path) -> None:

@@ -24,11 +24,17 @@ class Shared:
         return (BITS, "bfloat16") if item.digest == b"known" else None
 
 
-def reference(digest: bytes, *, precomputed: bool = False) -> Any:
+def reference(
+    digest: bytes,
+    *,
+    precomputed: bool = False,
+    value: int = 9,
+    space: bytes = b"",
+) -> Any:
     arrays = asyncio.get_running_loop().create_future()
-    arrays.set_result({"pixels": np.full(4, 9, np.uint8)})
+    arrays.set_result({"pixels": np.full(4, value, np.uint8)})
     features = Features("image", {}, 2, {"size": 3}, precomputed)
-    return FeaturesRef(MediaItem("image", digest, features), arrays)
+    return FeaturesRef(MediaItem("image", digest, features), arrays, space)
 
 
 async def test_items_come_from_where_they_are_cheapest() -> None:
@@ -79,4 +85,34 @@ async def test_embeddings_are_not_those_of_an_adapter_in_the_encoder() -> None:
     assert plain.features.precomputed
     assert not adapted.features.precomputed
     assert adapted.features.arrays["pixels"].tolist() == [9] * 4
+    incoming.close()
+
+
+async def test_embeddings_of_an_encoder_do_not_replace_features_of_the_same_item() -> None:
+    """Those are wanted where an adapter changes the encoder."""
+    incoming = FeaturesIn(1000)
+    [made] = await incoming.items([reference(b"known", precomputed=True)], [b"known"])
+    [adapted] = await incoming.items([reference(b"known")], [b"known, with an adapter"])
+    assert made.features.precomputed
+    assert not adapted.features.precomputed
+    incoming.close()
+
+
+async def test_embeddings_of_other_weights_have_keys_of_their_own() -> None:
+    incoming = FeaturesIn(1000)
+    references = [
+        reference(b"a", precomputed=True, value=value, space=space)
+        for value, space in ((9, b"weights"), (8, b"other weights"))
+    ]
+    found = await incoming.items(references, [b"a", b"a"])
+    assert [item.features.arrays["pixels"][0] for item in found] == [9, 8]
+    incoming.close()
+
+
+async def test_weights_that_may_have_changed_share_nothing_any_more() -> None:
+    incoming = FeaturesIn(1000, Shared())  # type: ignore[arg-type]
+    [before] = await incoming.items([reference(b"known")], [b"known"])
+    incoming.stop_sharing()
+    [after] = await incoming.items([reference(b"known")], [b"known"])
+    assert (before.features.precomputed, after.features.precomputed) == (True, False)
     incoming.close()

@@ -17,7 +17,7 @@ from sensorium.distributed.routing import RequestKey
 from sensorium.engine.stats import AdapterFacts, EngineFacts, EngineStats
 from sensorium.errors import ConfigError
 from sensorium.ray.serving import launch
-from sensorium.ray.serving.app import application, build_app, check, version_of
+from sensorium.ray.serving.app import Resources, application, build_app, check, version_of
 from sensorium.ray.serving.cluster import Need, check_own, divided, own_engine_cpus
 from sensorium.ray.serving.engine import LOST_SECONDS, Loss
 from sensorium.ray.serving.engines import summed
@@ -48,6 +48,53 @@ def test_a_range_of_replicas_makes_sense(text: str) -> None:
         ServerConfig(autoscale=text)
 
 
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"encoder_replicas": -1}, "encoder_replicas"),
+        ({"encoder_gpus": 0.5}, "--encoder-replicas"),
+        ({"encoder_replicas": 1, "encoder_gpus": -1.0}, "encoder_gpus"),
+    ],
+)
+def test_options_of_encoders_make_sense(options: dict[str, object], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        ServerConfig(**options)
+
+
+def test_encoders_are_a_deployment_of_their_own() -> None:
+    """They keep no embeddings in the index that engines share."""
+    options = {"model": "demo", "encoder_replicas": 2, "encoder_gpus": 0.5, "encoder_cpus": 3}
+    apart = build_app({**options, "engine_gpus": 1})
+    deployments = {d.name: d for d in deployments_of(apart)}
+    assert set(deployments) == {"Server", "Engine", "Encoder"}
+    encoder = deployments["Encoder"]
+    assert encoder.num_replicas == 2
+    assert encoder.ray_actor_options == {"num_cpus": 3, "num_gpus": 0.5}
+    with pytest.raises(ConfigError, match="another kind of device"):
+        build_app(options)
+    with pytest.raises(ConfigError, match="another kind of device"):
+        build_app({**options, "encoder_gpus": 0, "engine_gpus": 1})
+    together = {d.name for d in deployments_of(build_app({"model": "demo"}))}
+    assert together == {"Server", "Engine", "Embeddings"}
+
+
+def deployments_of(app: Any) -> list[Any]:
+    """The deployments of an application, once each."""
+    found = {app._bound_deployment.name: app._bound_deployment}
+    for value in app._bound_deployment.init_args:
+        if hasattr(value, "_bound_deployment"):
+            found |= {d.name: d for d in deployments_of(value)}
+    return list(found.values())
+
+
+NO_MEDIA = {"image": 0, "video": 0, "audio": 0}
+
+
+def test_encoders_need_media() -> None:
+    with pytest.raises(ConfigError, match="limit_mm_per_prompt"):
+        build_app({"model": "demo", "encoder_replicas": 1, "limit_mm_per_prompt": NO_MEDIA})
+
+
 def test_several_models_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "demo", "demo-audio", "--data-parallel-size", "2"]) == 2
     assert "Replicas serve one model" in capsys.readouterr().err
@@ -64,9 +111,7 @@ def test_stores_are_off_where_several_processes_would_have_one_each() -> None:
     assert application(served(api_server_count=2), _resources()) is not None
 
 
-def _resources() -> object:
-    from sensorium.ray.serving.app import Resources
-
+def _resources() -> Resources:
     return Resources(engine_cpus=1, per_node=2)
 
 
@@ -139,6 +184,8 @@ def test_a_single_server_does_not_import_ray() -> None:
         ([{"CPU": 64}, {"CPU": 9, "GPU": 1}], Need(1, gpus=1, others_cpus=1), (8, 1, 1)),
         ([{"CPU": 64, "GPU": 8}, {"CPU": 9, "GPU": 1}], Need(2, gpus=1), (8, 1, 1)),
         ([{"CPU": 5, "GPU": 8}], Need(1, ranks=8, gpus=8, others_cpus=1), (4, 8, 1)),
+        ([{"CPU": 13}], Need(2, others_cpus=1, encoders=1), (4, 0, 3)),
+        ([{"CPU": 25, "GPU": 2}], Need(1, gpus=1, encoders=1, encoder_gpus=0.5), (8, 1, 3)),
     ],
 )
 def test_a_cluster_is_divided_among_the_machines_that_can_hold_an_engine(
@@ -157,6 +204,8 @@ def test_a_cluster_is_divided_among_the_machines_that_can_hold_an_engine(
         ([{"CPU": 2}], Need(2, others_cpus=1), "2 CPUs.* need 3"),
         ([{"CPU": 1, "GPU": 4}], Need(2, gpus=1), "1 CPUs.* need 2"),
         ([], Need(1), "at most 0 CPUs"),
+        ([{"CPU": 8, "GPU": 2}], Need(2, gpus=1, encoders=1, encoder_gpus=1), "2 GPUs.* the 3"),
+        ([{"CPU": 3}], Need(2, others_cpus=1, encoders=1), "and 1 of encoders .* need 4"),
     ],
 )
 def test_a_cluster_that_is_too_small_is_refused(
@@ -170,12 +219,14 @@ def test_ranks_fit_the_processors_of_this_machine(caplog: pytest.LogCaptureFixtu
     assert own_engine_cpus(8, 2, 2) == 4
     assert not caplog.records
     assert own_engine_cpus(2, 4, 1) == 1
-    assert "4 replicas of 1 ranks share 2 processors" in caplog.text
+    assert "4 processes of replicas share 2 processors" in caplog.text
     with pytest.raises(ConfigError, match="4 processors; this machine has 2"):
-        check_own(2, 0, 1, Need(1, ranks=4))
-    check_own(2, 8, 2, Need(2, ranks=4, gpus=4))
-    with pytest.raises(ConfigError, match="8 GPUs; 3 replicas of 4 each need 12"):
-        check_own(64, 8, 3, Need(3, ranks=4, gpus=4))
+        check_own(2, 0, Need(1, ranks=4))
+    check_own(2, 8, Need(2, ranks=4, gpus=4))
+    with pytest.raises(ConfigError, match="8 GPUs; 3 replicas need 12"):
+        check_own(64, 8, Need(3, ranks=4, gpus=4))
+    with pytest.raises(ConfigError, match=r"2 GPUs; 2 replicas and 1 of encoders need 2\.5"):
+        check_own(64, 2, Need(2, gpus=1, encoders=1, encoder_gpus=0.5))
 
 
 def test_it_is_said_when_a_small_machine_decides_for_all(caplog: pytest.LogCaptureFixture) -> None:
@@ -200,6 +251,11 @@ def test_what_waits_for_a_place_is_said_once_and_what_is_missing(
     assert launch.say_what_is_missing(found, _resources())
     assert "2 replicas of Engine wait" in caplog.text
     assert "1 CPUs on one machine (1 are free" in caplog.text
+    message.message = message.message.replace("Engine", "Encoder")
+    found.deployments = {"Encoder": message}
+    own = Resources(encoder_cpus=3, engine_gpus=2, encoder_gpus=0.5)
+    assert launch.say_what_is_missing(found, own)
+    assert "3 CPUs on one machine (1 are free on all together) and 0.5 GPUs" in caplog.text
 
 
 def test_an_engine_that_loads_is_not_lost() -> None:

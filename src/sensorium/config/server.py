@@ -180,6 +180,20 @@ class ServerConfig:
         ge=0.0,
         le=float(1 << 20),
     )
+    encoder_replicas: int = option(
+        0,
+        "Number of replicas that encode media apart from the engines, so that long videos do not "
+        "hold up the answers of others. 0: engines encode media themselves. Runs on Ray.",
+        ge=0,
+        le=1 << 12,
+    )
+    encoder_gpus: float | None = option(
+        None,
+        "GPUs that each replica of --encoder-replicas reserves where engines run on GPUs, such as "
+        "0.5, so that two share one. By default 1.",
+        ge=0.0,
+        le=64.0,
+    )
     api_server_count: int = option(
         1,
         "Number of processes that answer HTTP requests in front of the replicas. With several, "
@@ -219,6 +233,8 @@ class ServerConfig:
         check_non_empty("ray_application", self.ray_application)
         if self.ray_address is not None:
             check_non_empty("ray_address", self.ray_address)
+        if self.encoder_gpus is not None and not self.encoder_replicas:
+            bad("encoder_gpus", "is for --encoder-replicas, which is 0")
         if self.autoscale is not None and not _RANGE.fullmatch(self.autoscale):
             bad("autoscale", "must be two numbers of replicas, such as 1:8")
         least, most = self.replica_range or (1, 1)

@@ -18,7 +18,13 @@ from sensorium.core.speculation.speculator import SpeculationLimits
 from sensorium.engine.adapters import EngineAdapters, found_adapters
 from sensorium.engine.engine import Engine
 from sensorium.engine.grammar.matchers import Matchers
-from sensorium.engine.loading import allocate_cache, cache_layout, load_model
+from sensorium.engine.loading import (
+    allocate_cache,
+    cache_layout,
+    load_model,
+    numerics,
+    same_on_threads,
+)
 from sensorium.engine.parallel.adapters import GroupLanes
 from sensorium.engine.parallel.group import RankGroup
 from sensorium.engine.parallel.model import ParallelModel
@@ -158,7 +164,7 @@ def _build_parts(
         adapters=lanes,
         after_step=adapter.after_step,
     )
-    facts = _facts(config, geometry, model, layout, num_threads, time.monotonic() - started)
+    facts = _facts(config, geometry, loaded, layout, num_threads, time.monotonic() - started)
     return EngineParts(
         Scheduler(_limits(config, geometry, model, loaded.family)),
         runner,
@@ -225,11 +231,12 @@ def _all_encode(config: EngineConfig) -> bool:
 def _facts(
     config: EngineConfig,
     geometry: CacheGeometry,
-    model: Model,
+    loaded: loader.LoadedModel,
     layout: KVCacheLayout,
     num_threads: int,
     load_seconds: float,
 ) -> EngineFacts:
+    model = loaded.model
     return EngineFacts(
         max_model_len=geometry.max_model_len,
         num_kv_blocks=geometry.num_blocks,
@@ -242,16 +249,8 @@ def _facts(
         embed_bytes=model.shape.embed_size * model.dtype.itemsize,
         cache_dtype=str(layout.dtype).removeprefix("torch."),
         num_ranks=config.parallel.tensor_parallel_size,
-        device_name=device_name(model.device),
+        numerics=numerics(loaded.family, model.dtype, model.device, num_threads),
     )
-
-
-def device_name(device: torch.device) -> str:
-    """Return the kind of a GPU and its compute capability; nothing for a CPU."""
-    if device.type != "cuda":
-        return ""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{torch.cuda.get_device_name(device)} {major}.{minor}"
 
 
 def _lanes(
@@ -287,7 +286,7 @@ def _may_adapt(
     """Return whether the number of threads may change while the engine runs."""
     if config.model.num_threads is not None or device.type != "cpu":
         return False
-    return not invariant or (family.same_on_threads and ops.has_own_product(dtype))
+    return not invariant or same_on_threads(family, dtype)
 
 
 def _tokenizer_folder(config: EngineConfig, folder: str) -> str:

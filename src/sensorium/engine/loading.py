@@ -13,8 +13,9 @@ from sensorium.config import GIB, EngineConfig
 from sensorium.errors import ConfigError
 from sensorium.kernels import ops
 from sensorium.kernels.batch import KVCacheLayout, LayerCache
+from sensorium.kernels.cpu.linear import levels
 from sensorium.models import loader
-from sensorium.models.interface import TextShape
+from sensorium.models.interface import Family, TextShape
 from sensorium.models.loading.quantize import WeightFormats
 from sensorium.models.loading.weights_cache import CacheSettings
 from sensorium.runtime.memory import cache_dtype
@@ -33,12 +34,14 @@ def load_model(
     *,
     collectives: Collectives | None = None,
     skip_modalities: Collection[str] = (),
+    encoders_only: bool = False,
     chosen: loader.Chosen = loader.ignored,
 ) -> loader.LoadedModel:
     """Load the model as its options say.
 
     collectives: the ranks that share it. skip_modalities: those that are left out beside the ones
-    that are switched off. chosen: called with the folder and the dtype before weights are read.
+    that are switched off. encoders_only: the decoder is not loaded. chosen: called with the folder
+    and the dtype before weights are read.
     """
     return loader.load(
         config.model.model,
@@ -57,6 +60,7 @@ def load_model(
         replay=not config.model.enforce_eager,
         int8_cache=config.cache.kv_cache_dtype == "int8",
         collectives=collectives,
+        encoders_only=encoders_only,
         chosen=chosen,
         proceed=proceed,
     )
@@ -95,6 +99,32 @@ def allocate_cache(
 def switched_off(config: EngineConfig) -> frozenset[str]:
     """Return the modalities with a limit of 0, whose encoders are not loaded."""
     return frozenset(m for m in config.media.limit_mm_per_prompt if config.media.limit(m) == 0)
+
+
+def same_on_threads(family: Family, dtype: torch.dtype) -> bool:
+    """Return True where the number of threads of a CPU changes no bit of what a model computes."""
+    return family.same_on_threads and ops.has_own_product(dtype)
+
+
+def numerics(family: Family, dtype: torch.dtype, device: torch.device, num_threads: int) -> str:
+    """Return what decides last bits on a device, besides weights, options and inputs.
+
+    Two processes where this is equal make the same bits: kind of device, instructions or name of
+    it, dtype, version of torch, and, where they matter, threads.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if device.type != "cpu":
+        return f"{device.type} {device_name(device)} {name} torch {torch.__version__}"
+    of_threads = "" if same_on_threads(family, dtype) else f" {num_threads} threads"
+    return f"cpu {levels.level()} {name} torch {torch.__version__}{of_threads}"
+
+
+def device_name(device: torch.device) -> str:
+    """Return the kind of a GPU and its compute capability; nothing for a CPU."""
+    if device.type != "cuda":
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} {major}.{minor}"
 
 
 def weight_formats(config: EngineConfig) -> WeightFormats:

@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+
+
+@dataclass(slots=True)
+class EncoderStats:
+    """Gauges and counters of a replica that encodes media apart from engines.
+
+    Attributes:
+        num_waiting: Items that wait or are being encoded.
+        num_items: Items encoded since its start, in ``seconds``, to embeddings of ``num_bytes``.
+        num_failed: Items that could not be encoded.
+        weight_bytes: Memory of the weights of its linear layers.
+    """
+
+    num_waiting: int = 0
+    num_items: int = 0
+    num_failed: int = 0
+    seconds: float = 0.0
+    num_bytes: int = 0
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EncodersApart:
+    """Counters of all replicas that encode media apart, by name, and of who asks them.
+
+    Attributes:
+        replicas: What each said last.
+        fallbacks: Items that engines had to encode, by reason.
+        num_refused: Items that were refused because encoders ended with them.
+    """
+
+    replicas: Mapping[str, EncoderStats] = field(default_factory=dict)
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+    num_refused: int = 0
 
 
 @dataclass(slots=True)
@@ -124,8 +159,9 @@ class AdapterFacts:
 class EngineFacts:
     """Facts that an engine found at its start, and its adapters now.
 
-    ``embed_bytes`` is one item embedding's, ``cache_dtype`` that of keys and values,
-    ``device_name`` the kind of a GPU and its compute capability, empty for a CPU.
+    ``embed_bytes`` is one item embedding's, ``cache_dtype`` that of keys and values. ``numerics``:
+    what decides last bits besides weights, options and inputs (``engine.loading.numerics``).
+    ``space``: on Ray, identity of the encoders (``ray.media.space``); empty where it is not known.
     """
 
     max_model_len: int
@@ -140,4 +176,5 @@ class EngineFacts:
     adapters: tuple[AdapterFacts, ...] = ()
     cache_dtype: str = ""
     num_ranks: int = 1
-    device_name: str = ""
+    numerics: str = ""
+    space: bytes = b""

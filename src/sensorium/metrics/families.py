@@ -429,22 +429,3 @@ SERVERS_MISSING = MetricFamily(
     "Processes for HTTP that did not reply in time: their metrics are not in this answer. Only "
     "with --api-server-count above 1; model_name is empty.",
 )
-
-SECTIONS: dict[str, tuple[MetricFamily, ...]] = {
-    "Requests": REQUESTS,
-    "Engine": (
-        *(ENGINE_UP, SLEEP_STATE, KV_USAGE, CACHE_CONFIG, WAITING_REASONS, ITERATION_TOKENS),
-        *(ACCEPTED_AT, PROMPT_MODALITIES, PROMPT_SOURCES, LORA_INFO),
-        *(row.family for row in (*LORA_ROWS, *ENGINE_ROWS)),
-    ),
-    "Media": (
-        *(family for family, _ in STAGE_UNITS),
-        MEDIA_FAILURES,
-        *(row.family for row in MEDIA_ROWS),
-    ),
-    "HTTP server": (HTTP_REQUESTS, HTTP_SECONDS, EVENT_LOOP_LAG, SERVERS_MISSING),
-    "Processes": (PROCESS_MEMORY,),
-}
-"""All families, in the sections of ``docs/metrics.md``."""
-
-FAMILIES = tuple(family for section in SECTIONS.values() for family in section)

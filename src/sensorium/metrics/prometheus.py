@@ -23,7 +23,7 @@ from sensorium.metrics.families import COMMON_LABELS, ENGINE, MetricFamily
 from sensorium.metrics.processes import MemoryCollector
 from sensorium.metrics.report import RequestReport
 from sensorium.metrics.servers import OtherServers, merged, of_process, registry_of
-from sensorium.metrics.statistics import Statistics, StatisticsCollector
+from sensorium.metrics.statistics import EncoderStatistics, Statistics, StatisticsCollector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -232,6 +232,10 @@ class ServingMetrics(ServerMetrics):
             statistics.update(labels, stats, up=up and is_up, is_replica=True)
         statistics.keep([(self._model_name, name) for name in replicas], self._model_name)
         statistics.update_media((self._model_name, ENGINE), media)
+
+    def update_encoders(self, encoders: EncoderStatistics | None) -> None:
+        """Set the statistics of replicas that encode media apart; None where engines do."""
+        self._families.statistics.update_encoders(self._model_name, ENGINE, encoders)
 
     def _count_adapter(self, name: str) -> None:
         """Count a request of an adapter. Names beyond the limit share a series."""

@@ -4,7 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sensorium.metrics.families import SECTIONS, MetricFamily
+from sensorium.metrics.encoder_families import ENCODER_FALLBACKS, ENCODER_REFUSED, ENCODER_ROWS
+from sensorium.metrics.families import (
+    ACCEPTED_AT,
+    CACHE_CONFIG,
+    ENGINE_ROWS,
+    ENGINE_UP,
+    EVENT_LOOP_LAG,
+    HTTP_REQUESTS,
+    HTTP_SECONDS,
+    ITERATION_TOKENS,
+    KV_USAGE,
+    LORA_INFO,
+    LORA_ROWS,
+    MEDIA_FAILURES,
+    MEDIA_ROWS,
+    PROCESS_MEMORY,
+    PROMPT_MODALITIES,
+    PROMPT_SOURCES,
+    REQUESTS,
+    SERVERS_MISSING,
+    SLEEP_STATE,
+    STAGE_UNITS,
+    WAITING_REASONS,
+    MetricFamily,
+)
+
+SECTIONS: dict[str, tuple[MetricFamily, ...]] = {
+    "Requests": REQUESTS,
+    "Engine": (
+        *(ENGINE_UP, SLEEP_STATE, KV_USAGE, CACHE_CONFIG, WAITING_REASONS, ITERATION_TOKENS),
+        *(ACCEPTED_AT, PROMPT_MODALITIES, PROMPT_SOURCES, LORA_INFO),
+        *(row.family for row in (*LORA_ROWS, *ENGINE_ROWS)),
+    ),
+    "Media": (
+        *(family for family, _ in STAGE_UNITS),
+        MEDIA_FAILURES,
+        *(row.family for row in MEDIA_ROWS),
+    ),
+    "Encoders apart": (
+        *(row.family for row in ENCODER_ROWS),
+        ENCODER_FALLBACKS,
+        ENCODER_REFUSED,
+    ),
+    "HTTP server": (HTTP_REQUESTS, HTTP_SECONDS, EVENT_LOOP_LAG, SERVERS_MISSING),
+    "Processes": (PROCESS_MEMORY,),
+}
+"""All families, in the sections of ``docs/metrics.md``."""
+
+FAMILIES = tuple(family for section in SECTIONS.values() for family in section)
 
 _INTRODUCTION = """# Metrics
 

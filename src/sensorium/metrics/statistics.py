@@ -15,6 +15,12 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from sensorium.metrics.encoder_families import (
+    ENCODER_FALLBACKS,
+    ENCODER_REASONS,
+    ENCODER_REFUSED,
+    ENCODER_ROWS,
+)
 from sensorium.metrics.families import (
     ACCEPTED_AT,
     CACHE_CONFIG,
@@ -97,6 +103,23 @@ class Statistics(Protocol):
     waiting_adapters: list[str]
 
 
+class EncoderStatistics(Protocol):
+    """Statistics of replicas that encode media apart from engines.
+
+    ``replicas``: by name, with the fields of ``ENCODER_ROWS``. ``fallbacks``: items that engines
+    had to encode, by one of ``ENCODER_REASONS``. ``num_refused``: items that ended encoders.
+    """
+
+    @property
+    def replicas(self) -> Mapping[str, object]: ...
+
+    @property
+    def fallbacks(self) -> Mapping[str, int]: ...
+
+    @property
+    def num_refused(self) -> int: ...
+
+
 class StatisticsCollector(Collector):
     """Collector of the statistics that were set last, of each engine; of none before the first."""
 
@@ -104,6 +127,19 @@ class StatisticsCollector(Collector):
         self._prefix = prefix
         self._latest: dict[tuple[str, ...], tuple[Statistics | None, bool, bool]] = {}
         self._media: dict[tuple[str, ...], Mapping[str, float]] = {}
+        self._encoders: dict[tuple[str, str], EncoderStatistics] = {}
+
+    def update_encoders(
+        self, model_name: str, engine: str, encoders: EncoderStatistics | None
+    ) -> None:
+        """Set the statistics of replicas that encode media apart; None where engines do.
+
+        ``engine``: label of what is about no single replica.
+        """
+        if encoders is None:
+            self._encoders.pop((model_name, engine), None)
+        else:
+            self._encoders[model_name, engine] = encoders
 
     def update(
         self,
@@ -137,6 +173,23 @@ class StatisticsCollector(Collector):
             if known is not metric:
                 known.samples.extend(metric.samples)
         yield from merged.values()
+        if self._encoders:
+            yield from self._of_encoders()
+
+    def _of_encoders(self) -> Iterator[Metric]:
+        for row in ENCODER_ROWS:
+            metric = _new(self._prefix, row.family)
+            for (model_name, _), encoders in self._encoders.items():
+                for name, stats in encoders.replicas.items():
+                    metric.add_metric([model_name, name], getattr(stats, row.field))
+            yield metric
+        fallbacks, refused = (_new(self._prefix, f) for f in (ENCODER_FALLBACKS, ENCODER_REFUSED))
+        for labels, encoders in self._encoders.items():
+            for reason in ENCODER_REASONS:
+                fallbacks.add_metric([*labels, reason], encoders.fallbacks.get(reason, 0))
+            refused.add_metric(labels, encoders.num_refused)
+        yield fallbacks
+        yield refused
 
     def _of_all(self) -> Iterator[Metric]:
         """Yield families, those of each engine for itself."""
@@ -224,34 +277,35 @@ class _EngineMetrics:
         return metric
 
     def _cache_config(self, stats: Statistics) -> Metric:
-        metric = self._new(CACHE_CONFIG)
+        metric = _new(self._prefix, CACHE_CONFIG)
         values = (stats.block_size, stats.kv_blocks_total, stats.cache_dtype)
         metric.add_metric([*self._labels, *map(str, values), str(stats.enable_prefix_caching)], 1.0)
         return metric
 
     def _lora_info(self, stats: Statistics) -> Metric:
-        metric = self._new(LORA_INFO)
+        metric = _new(self._prefix, LORA_INFO)
         names = (stats.waiting_adapters, stats.running_adapters)
         values = [str(stats.max_loras), *map(",".join, names)]
         metric.add_metric([*self._labels, *values], time.time())
         return metric
 
     def _one(self, family: MetricFamily, value: float) -> Metric:
-        metric = self._new(family)
+        metric = _new(self._prefix, family)
         metric.add_metric(self._labels, value)
         return metric
 
     def _many(self, family: MetricFamily, values: Mapping[str, float]) -> Metric:
         """Return a family with one label of its own; ``values`` by that label."""
-        metric = self._new(family)
+        metric = _new(self._prefix, family)
         for label, value in values.items():
             metric.add_metric([*self._labels, label], value)
         return metric
 
-    def _new(self, family: MetricFamily) -> GaugeMetricFamily | CounterMetricFamily:
-        new = GaugeMetricFamily if family.kind == "gauge" else CounterMetricFamily
-        labels = [*COMMON_LABELS, *family.labels]
-        return new(family.full_name(self._prefix), family.help, labels=labels)
+
+def _new(prefix: str, family: MetricFamily) -> GaugeMetricFamily | CounterMetricFamily:
+    new = GaugeMetricFamily if family.kind == "gauge" else CounterMetricFamily
+    labels = [*COMMON_LABELS, *family.labels]
+    return new(family.full_name(prefix), family.help, labels=labels)
 
 
 def _modalities(stats: Statistics) -> dict[str, float]:

@@ -149,6 +149,7 @@ class BuildOptions:
     be filled with random numbers, whatever the checkpoint's folder holds. ``replay``: small decode
     steps may be captured and replayed. ``collectives``: the decoder, its embedding and its head are
     split over these ranks, of which this process is one; None for a model on its own.
+    ``encoders_only``: decoder, embedding and head are not loaded, and cannot be used.
     """
 
     dtype: torch.dtype
@@ -158,6 +159,7 @@ class BuildOptions:
     random_weights: bool = False
     replay: bool = True
     collectives: Collectives | None = None
+    encoders_only: bool = False
 
 
 class Part(NamedTuple):
@@ -299,6 +301,8 @@ class Family:
     quantizable: bool = True
     """If true, its linear layers are ours, whose weights can be quantized, and rest in 16
     bits on any CPU."""
+    separable: bool = True
+    """If true, its encoders can be loaded, and run, without its decoder."""
     same_on_threads: bool = True
     """If true, the number of threads changes no bit where products are ours. Torch's own functions
     cut a tensor into as many parts as there are threads, which decides their last bits."""

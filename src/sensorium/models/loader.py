@@ -19,6 +19,7 @@ from sensorium.errors import ConfigError, UnsupportedModelError
 from sensorium.forks import OWN_THREADS
 from sensorium.models.dtypes import dtype_of, suited_to_cpu
 from sensorium.models.embedder import Embedder, embedder_of
+from sensorium.models.encoders import check_separable, encoders_of
 from sensorium.models.gguf import folder as gguf_folder
 from sensorium.models.interface import (
     BuildOptions,
@@ -112,6 +113,7 @@ def load(
     replay: bool = True,
     int8_cache: bool = False,
     collectives: Collectives | None = None,
+    encoders_only: bool = False,
     chosen: Chosen = ignored,
     proceed: Proceed = _always,
 ) -> LoadedModel:
@@ -126,8 +128,7 @@ def load(
     KV cache is in int8. chosen: called with the folder, complete by then, and the dtype. proceed:
     called between weights; what it raises ends loading. Others: see ``BuildOptions``.
 
-    Raises ConfigError when the checkpoint is not found or does not fit configuration or options,
-    and UnsupportedModelError for an unknown architecture.
+    Raises ConfigError for what is not found or does not fit, or UnsupportedModelError.
     """
     folder = checkpoint.find(model, revision, download_dir, mmproj)
     loaded, dummy = checkpoint.read(folder, hf_overrides), load_format == "dummy"
@@ -140,7 +141,7 @@ def load(
         checkpoint.fetch_weights(model, folder, revision, download_dir)
         _fetch_parts(loaded, needed, names, download_dir)
     source, stored = _source(loaded, family, needed, dummy)
-    options = BuildOptions(
+    asked = BuildOptions(
         dtype=dtype_of(dtype, loaded.config, stored),
         device=find_device(device),
         skip_modalities=frozenset(skip_modalities),
@@ -148,10 +149,10 @@ def load(
         random_weights=dummy,
         replay=replay,
         collectives=collectives,
+        encoders_only=encoders_only,
     )
-    options = _on_this_cpu(dtype, loaded, family, options, source)
-    chosen(folder, options.dtype)
-    own = loaded, family, options, source, formats
+    own = loaded, family, _on_this_cpu(dtype, loaded, family, asked, source), source, formats
+    chosen(folder, own[2].dtype)
     built = _built(*own, seed, proceed, weights_cache, int8_cache)
     return LoadedModel(loaded, family, built, processor, embedder)
 
@@ -329,7 +330,11 @@ def _built(
     from sensorium.models.loading.fill import fill, log_sizes
     from sensorium.models.loading.weights import DummyWeights
 
+    if options.encoders_only:
+        check_separable(loaded, family)
     model = family.build_model(loaded, options)
+    if options.encoders_only:
+        model, weights_cache = encoders_of(model), None
     cache = _cache(weights_cache, formats, loaded, family, options, source)
     formats = _calibrated(formats, loaded, family, options, source, proceed)
     with _kernels_made(model, int8_cache):

@@ -217,6 +217,15 @@ def _no_standard_error() -> Iterator[None]:
         os.close(nothing)
 
 
+def own_store_bytes() -> int:
+    """Return the bytes of this machine's object store. The process is connected to Ray."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    found = [node["Resources"] for node in ray.nodes() if node["NodeID"] == own]
+    return int(sum(resources.get("object_store_memory", 0) for resources in found))
+
+
 def quiet() -> None:
     """Keep Ray's libraries from writing to the terminal, except errors. Call it in a driver.
 

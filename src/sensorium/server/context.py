@@ -65,6 +65,7 @@ class ServingContext:
             up = model.state == "ready" and not self.arrivals.draining
             if replicas := await model.replica_stats():
                 model.metrics.update_replicas(replicas, model.media_stats(), up=up)
+                model.metrics.update_encoders(model.encoder_stats())
             else:
                 model.metrics.update(stats, up=up)
 

@@ -129,6 +129,7 @@ def wants_replicas(model: ServedConfig) -> bool:
     """Return True for a model that is to run as replicas on Ray."""
     server = model.server
     asked = server.ray_address is not None or server.autoscale is not None
+    asked = asked or server.encoder_replicas > 0
     return asked or model.engine.parallel.data_parallel_size > 1
 
 

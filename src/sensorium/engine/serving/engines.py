@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from sensorium.core.request import EngineRequest
 from sensorium.engine.serving.client import OutputQueue
-from sensorium.engine.stats import EngineFacts, EngineStats
+from sensorium.engine.stats import EncodersApart, EngineFacts, EngineStats
 from sensorium.multimodal.items import MediaItem
 
 
@@ -65,6 +65,10 @@ class Engines(Protocol):
 
     async def replica_stats(self) -> dict[str, ReplicaStats]:
         """Return the counters of each replica by its name; nothing where there is one engine."""
+        ...
+
+    def encoder_stats(self) -> EncodersApart | None:
+        """Return the counters of replicas that encode media apart; None where engines do."""
         ...
 
     async def load_adapter(self, name: str, path: str, folder: str) -> EngineFacts:

@@ -30,7 +30,7 @@ from sensorium.engine.serving.engines import EngineDoor, Engines, ReplicaStats
 from sensorium.engine.serving.process import EngineProcess
 from sensorium.engine.serving.stats_log import log_stats
 from sensorium.engine.serving.supervisor import EngineSupervisor
-from sensorium.engine.stats import EngineStats
+from sensorium.engine.stats import EncodersApart, EngineStats
 from sensorium.errors import EngineDeadError, SensoriumError
 from sensorium.multimodal.cache.features import NamedFeatures
 from sensorium.outputs import FinishReason, PoolingRequestOutput, RequestOutput
@@ -203,6 +203,10 @@ class Frontend:
     def media_stats(self) -> dict[str, float]:
         """Return the counters of the media that this process loads, by name."""
         return self.input_processor.media_stats()
+
+    def encoder_stats(self) -> EncodersApart | None:
+        """Return the counters of replicas that encode media apart; None where engines do."""
+        return self._engine.encoder_stats()
 
     async def generate(
         self,

@@ -12,7 +12,7 @@ from sensorium.config import EngineConfig
 from sensorium.engine.serving.client import STOPPING, EngineClient, dead_error
 from sensorium.engine.serving.engines import ReplicaStats
 from sensorium.engine.serving.process import EngineProcess
-from sensorium.engine.stats import AdapterFacts, EngineFacts
+from sensorium.engine.stats import AdapterFacts, EncodersApart, EngineFacts
 from sensorium.errors import ConfigError, EngineDeadError, SensoriumError
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,10 @@ class EngineSupervisor:
     async def replica_stats(self) -> dict[str, ReplicaStats]:
         """Return nothing: this is one engine."""
         return {}
+
+    def encoder_stats(self) -> EncodersApart | None:
+        """Return None: the engine encodes media itself."""
+        return None
 
     async def load_adapter(self, name: str, path: str, folder: str) -> EngineFacts:
         """Load an adapter, which later engines get as well; see ``EngineClient``."""

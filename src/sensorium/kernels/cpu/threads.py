@@ -25,6 +25,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 
 from sensorium.processes import cores
 from sensorium.processes.cores import EngineThreads
@@ -68,6 +69,19 @@ def configure(num_threads: int | None = None) -> EngineThreads:
     chosen = cores.find().engine_threads(num_threads)
     torch.set_num_threads(chosen.number)
     return chosen
+
+
+@contextlib.contextmanager
+def single() -> Iterator[None]:
+    """Run torch on one thread for the block: for bits that do not depend on how many there are."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def bind(num_threads: int | None = None) -> None:

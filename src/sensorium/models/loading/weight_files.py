@@ -81,6 +81,22 @@ def identity_of_checkpoint(folder: Path) -> str:
     return digest.hexdigest() if weights else ""
 
 
+def identity_of_files(paths: Sequence[Path]) -> str:
+    """Return a digest of files of weights, such as GGUF, by size, time of change and samples.
+
+    The same for copies that keep the time. Empty where a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for path in paths:
+            state = FileState.of(path)
+            digest.update(repr((path.name, state.size, state.modified_ns)).encode())
+            digest.update(state.content())
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
 def _file_identity(path: Path) -> bytes:
     """Return a digest of a file that is no blob of the hub's cache. Raises OSError."""
     if path.suffix == ".json":

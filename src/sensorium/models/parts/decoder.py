@@ -154,7 +154,7 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             for slot in layer.slots(self.config, f"{prefix}layers.{index}", self._division):
                 yield replace(slot, role="decoder")
-        yield norm_slot(self.norm, f"{prefix}norm")
+        yield replace(norm_slot(self.norm, f"{prefix}norm"), role="decoder")
         if self.has_head:
             tied = Tied(table, lambda: self.head.tie(self.embedding))
             cuts = [] if cut is None else [cut]

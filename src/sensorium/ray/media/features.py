@@ -23,14 +23,27 @@ from sensorium.ray.tasks import own_task
 
 _SHARED = b"shared"
 """Ends the key of features for which embeddings of another replica may stand."""
+_MADE = b"made"
+"""Ends the key of embeddings, which an encoder may have made of features with the same digest; the
+identity of that encoder follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeaturesRef:
-    """An item without its arrays, and a reference to them: a mapping of names."""
+    """An item without its arrays, and a reference to them: a mapping of names.
+
+    ``space``: the identity of the encoder that made its embeddings (``media.space``); empty for
+    features, and for embeddings that a caller brought.
+    """
 
     item: MediaItem
     arrays: ray.ObjectRef
+    space: bytes = b""
+
+
+def suit(references: Sequence[FeaturesRef], space: bytes) -> bool:
+    """Return True where all embeddings that encoders made are those of one identity."""
+    return all(one.space in (b"", space) for one in references)
 
 
 class FeaturesOut:
@@ -50,7 +63,7 @@ class FeaturesOut:
         """Return references to the features of items; each is copied the first time only."""
         new = {id(i.features.arrays): i for i in items if id(i.features.arrays) not in self._known}
         if new:
-            made = await asyncio.to_thread(lambda: [_put(item) for item in new.values()])
+            made = await asyncio.to_thread(lambda: [put_features(item) for item in new.values()])
             for (key, item), reference in zip(new.items(), made, strict=True):
                 if key not in self._known:
                     self._known[key] = reference.arrays
@@ -85,14 +98,20 @@ class FeaturesIn:
         work = [self._item(ref, ref.item.digest == digest) for ref, digest in pairs]
         return await asyncio.gather(*work)
 
+    def stop_sharing(self) -> None:
+        """Use no embeddings of other replicas any more, as the own weights may be others now."""
+        self._shared = None
+
     def close(self) -> None:
         """Remove the shared memory."""
         self._copies.close()
 
     async def _item(self, reference: FeaturesRef, shareable: bool) -> MediaItem:
         item = reference.item
-        shareable = shareable and not item.features.precomputed
-        key = item.digest + _SHARED if shareable else item.digest
+        is_made = item.features.precomputed
+        shareable = shareable and not is_made and self._shared is not None
+        end = _MADE + reference.space if is_made else _SHARED if shareable else b""
+        key = item.digest + end
 
         async def load() -> Features:
             # Others may wait for it, too, when the request that came first has gone.
@@ -113,7 +132,8 @@ class FeaturesIn:
         return dataclasses.replace(features, arrays=await reference.arrays)
 
 
-def _put(item: MediaItem) -> FeaturesRef:
+def put_features(item: MediaItem) -> FeaturesRef:
+    """Copy the features of an item into the object store, where they stay with the reference."""
     features = item.features
     arrays = {name: np.ascontiguousarray(features.arrays[name]) for name in features.arrays}
     return FeaturesRef(_bare(item), ray.put(arrays))

@@ -26,15 +26,20 @@ from sensorium.config import (
 )
 from sensorium.errors import ConfigError
 from sensorium.models.loading.checkpoint import DEMOS
+from sensorium.ray.encoders.check import check_encoders
+from sensorium.ray.encoders.replica import Encoder
 from sensorium.ray.media.index import SharedIndex
 from sensorium.ray.media.names import NamesIndex
 from sensorium.ray.serving.engine import STATS_SECONDS, Engine
 from sensorium.ray.serving.server import ingress
 
 ENGINE, SERVER, EMBEDDINGS, NAMES = "Engine", "Server", "Embeddings", "Names"
+ENCODER = "Encoder"
 """Names of the deployments."""
 MOST_REQUESTS = 1 << 16
 """Requests that Ray Serve lets into one process for HTTP, which has limits of its own."""
+MOST_ITEMS, MOST_QUEUED_ITEMS = 16, 1024
+"""Items that one encoder has at a time, and that wait for some encoder in one process for HTTP."""
 HEALTH_SECONDS = 5.0
 HEALTH_TIMEOUT = 60.0
 DRAIN_SPARE = 10.0
@@ -51,10 +56,16 @@ STARTS = 3
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resources:
-    """Resources of each process; ``per_node``: engines that share the cores of a machine."""
+    """Resources of each process.
+
+    ``per_node``: engines and encoders that share the cores of a machine. ``encoder_gpus``: None for
+    one where engines have some.
+    """
 
     engine_cpus: float = 1
     engine_gpus: float = 0
+    encoder_cpus: float = 1
+    encoder_gpus: float | None = None
     server_cpus: float = 1
     per_node: int = 1
 
@@ -63,18 +74,29 @@ class Resources:
         """Return what an engine reserves, by Ray's names."""
         return {"CPU": self.engine_cpus, "GPU": self.engine_gpus}
 
+    @property
+    def of_encoder(self) -> dict[str, float]:
+        """Return what an encoder reserves, by Ray's names."""
+        gpus = self.encoder_gpus
+        return {
+            "CPU": self.encoder_cpus,
+            "GPU": min(1.0, self.engine_gpus) if gpus is None else gpus,
+        }
+
 
 def build_app(options: dict[str, Any]) -> Application:
     """Return the application for a Serve configuration file.
 
     ``options``: those of ``sensorium serve`` by their keywords, such as ``model`` and
-    ``data_parallel_size``, and ``engine_cpus``, ``engine_gpus``, ``server_cpus`` and ``per_node``.
-    API keys of the environment are added. Raises ConfigError.
+    ``data_parallel_size``, and ``engine_cpus``, ``engine_gpus``, ``encoder_cpus``,
+    ``server_cpus`` and ``per_node``. API keys of the environment are added. Raises ConfigError.
     """
     given = dict(options)
-    resources = Resources(
-        **{f.name: given.pop(f.name) for f in dataclasses.fields(Resources) if f.name in given}
-    )
+    reserved = [f.name for f in dataclasses.fields(Resources) if f.name in given]
+    resources = Resources(**{n: given[n] for n in reserved})
+    for name in reserved:
+        if name != "encoder_gpus":  # an option of the server, too
+            del given[name]
     names = {field.name for field in dataclasses.fields(ServerConfig)} - set(engine_option_names())
     of_server = {name: given.pop(name) for name in list(given) if name in names}
     for name, value in of_server.items():
@@ -96,6 +118,7 @@ def application(config: ServedConfig, resources: Resources, fresh: str = "") -> 
     check(config)
     server = _shared_out(config.server)
     engines = _engines(config.engine, server, resources, fresh)
+    encoders = _encoders(config.engine, server, resources, engines, fresh)
     deployment = serve.deployment(
         ingress(),
         name=SERVER,
@@ -106,7 +129,7 @@ def application(config: ServedConfig, resources: Resources, fresh: str = "") -> 
     )
     served = ServedConfig(engine=config.engine, server=server)
     names = _names(config.engine, server, fresh)
-    return _versioned(deployment, fresh, served).bind(served, engines, names)
+    return _versioned(deployment, fresh, served).bind(served, engines, names, encoders)
 
 
 def _versioned(deployment: Deployment, fresh: str, *options: object) -> Deployment:
@@ -194,6 +217,8 @@ def check(config: ServedConfig) -> None:
         if getattr(server, name):
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} is not available with replicas.", param=name)
+    if server.encoder_replicas:
+        check_encoders(config.engine)
 
 
 def _engines(
@@ -217,17 +242,66 @@ def _engines(
         ),
         **_number(config, server),
     )
-    one = dataclasses.replace(config.parallel, data_parallel_size=1)
-    alone = dataclasses.replace(config, parallel=one)
-    level = (server.log_level or environment.log_level()).lower()
-    options = alone, resources.per_node, level
+    options = _alone(config), resources.per_node, _level(server)
     index = _index(server, fresh)
     most_shared = server.shared_embeddings_gb if index is not None else 0
     return _versioned(deployment, fresh, *options, most_shared).bind(*options, index)
 
 
+def _alone(config: EngineConfig) -> EngineConfig:
+    """Return the options as they hold for one replica."""
+    one = dataclasses.replace(config.parallel, data_parallel_size=1)
+    return dataclasses.replace(config, parallel=one)
+
+
+def _level(server: ServerConfig) -> str:
+    return (server.log_level or environment.log_level()).lower()
+
+
+def _encoders(
+    config: EngineConfig,
+    server: ServerConfig,
+    resources: Resources,
+    engines: Application,
+    fresh: str,
+) -> Application | None:
+    """Return the deployment that encodes media apart from the engines, where there is one."""
+    if not server.encoder_replicas:
+        return None
+    reserved = resources.of_encoder
+    if bool(reserved["GPU"]) != bool(resources.engine_gpus):
+        raise ConfigError(
+            f"encoder_gpus is {reserved['GPU']:g} and engines have {resources.engine_gpus:g} GPUs: "
+            "another kind of device makes other embeddings, which the engines would not take. "
+            "Leave it unset, or, so that encoders share GPUs, set a part of one, such as 0.5.",
+            param="encoder_gpus",
+        )
+    deployment = serve.deployment(
+        Encoder,
+        name=ENCODER,
+        num_replicas=server.encoder_replicas,
+        max_ongoing_requests=MOST_ITEMS,
+        max_queued_requests=MOST_QUEUED_ITEMS,
+        **_lives(server),
+        ray_actor_options={"num_cpus": reserved["CPU"], "num_gpus": reserved["GPU"]},
+        request_router_config=RequestRouterConfig(
+            request_router_class="sensorium.ray.encoders.router:EncoderRouter",
+            request_routing_stats_period_s=STATS_SECONDS,
+            request_routing_stats_timeout_s=10 * STATS_SECONDS,
+        ),
+    )
+    threads = max(1, int(resources.encoder_cpus))
+    options = _alone(config), resources.per_node, threads, _level(server)
+    return _versioned(deployment, fresh, *options).bind(*options, engines)
+
+
 def _index(server: ServerConfig, fresh: str) -> Application | None:
-    """Return the deployment that knows which embeddings replicas share, where they do."""
+    """Return the deployment that knows which embeddings replicas share, where they do.
+
+    Where encoders are apart, the processes for HTTP keep what these have made instead.
+    """
+    if server.encoder_replicas:
+        return None
     return _one_index(SharedIndex, EMBEDDINGS, int(server.shared_embeddings_gb * GIB), fresh)
 
 

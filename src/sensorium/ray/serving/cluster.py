@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +25,27 @@ NAMESPACE = "serve"
 class Need:
     """Needs of replicas: ``engines`` at least, each of ``ranks`` processes.
 
-    ``gpus``: of an engine. ``others_cpus``: CPUs of all processes that are no engines, which may
-    be on any machine.
+    ``gpus``: of an engine. ``encoder_gpus``: of each of the replicas that encode media apart.
+    ``others_cpus``: CPUs of all processes that are neither, which may be on any machine.
     """
 
     engines: int
     ranks: int = 1
     gpus: float = 0
     others_cpus: float = 0
+    encoders: int = 0
+    encoder_gpus: float = 0
+
+    @property
+    def all_gpus(self) -> float:
+        """GPUs of all of them."""
+        return self.engines * self.gpus + self.encoders * self.encoder_gpus
+
+    @property
+    def described(self) -> str:
+        """Kinds and numbers of replicas, for messages."""
+        encoders = f" and {self.encoders} of encoders" if self.encoders else ""
+        return f"{self.engines} replicas{encoders}"
 
     @property
     def least_cpus(self) -> int:
@@ -54,16 +68,23 @@ def connected(config: ServedConfig) -> Iterator[Resources]:
             has_gpus = any(node.get("GPU", 0) for node in nodes)
             yield divided(nodes, _need(config, has_gpus))
         return
-    most = most_replicas(config)
+    most, encoders = most_replicas(config), config.server.encoder_replicas
     usable = cores.find().num_usable
-    each = own_engine_cpus(usable, most, config.engine.parallel.tensor_parallel_size)
-    num_cpus = each * most + config.server.api_server_count
+    each = own_engine_cpus(usable, most, config.engine.parallel.tensor_parallel_size, encoders)
+    of_encoder = max(1, usable // (most + encoders))
+    num_cpus = each * most + of_encoder * encoders + config.server.api_server_count
     logger.info("starting Ray on this machine")
     with ray_cluster(num_cpus=num_cpus, namespace=NAMESPACE, show_logs=True):
         found = ray.cluster_resources().get("GPU", 0)
-        need = _need(config, has_gpus=bool(found))
-        check_own(usable, found, most, need)
-        yield Resources(engine_cpus=each, engine_gpus=need.gpus, per_node=most)
+        need = dataclasses.replace(_need(config, has_gpus=bool(found)), engines=most)
+        check_own(usable, found, need)
+        yield Resources(
+            engine_cpus=each,
+            engine_gpus=need.gpus,
+            encoder_cpus=of_encoder,
+            encoder_gpus=need.encoder_gpus,
+            per_node=most + encoders,
+        )
 
 
 def most_replicas(config: ServedConfig) -> int:
@@ -72,14 +93,14 @@ def most_replicas(config: ServedConfig) -> int:
     return span[1] if span is not None else config.engine.parallel.data_parallel_size
 
 
-def own_engine_cpus(usable: int, engines: int, ranks: int) -> int:
-    """Return the CPUs of each engine on this machine, of which engines may share some."""
-    if engines * ranks > usable:
-        logger.warning("%d replicas of %d ranks share %d processors", engines, ranks, usable)
-    return max(ranks, usable // engines)
+def own_engine_cpus(usable: int, engines: int, ranks: int, encoders: int = 0) -> int:
+    """Return the CPUs of each engine on this machine, of which replicas may share some."""
+    if (processes := engines * ranks + encoders) > usable:
+        logger.warning("%d processes of replicas share %d processors", processes, usable)
+    return max(ranks, usable // (engines + encoders))
 
 
-def check_own(usable: int, gpus: float, engines: int, need: Need) -> None:
+def check_own(usable: int, gpus: float, need: Need) -> None:
     """Raise ConfigError where this machine, with so many processors and GPUs, has too little.
 
     Ranks on GPUs may share processors; on CPUs they would wait for each other.
@@ -89,10 +110,10 @@ def check_own(usable: int, gpus: float, engines: int, need: Need) -> None:
             f"{need.ranks} ranks need {need.ranks} processors; this machine has {usable}.",
             param="tensor_parallel_size",
         )
-    if engines * need.gpus > gpus:
+    if need.all_gpus > gpus:
         raise ConfigError(
-            f"This machine has {gpus:g} GPUs; {engines} replicas of {need.gpus:g} each need "
-            f"{engines * need.gpus:g}. Run fewer replicas, or with --device cpu.",
+            f"This machine has {gpus:g} GPUs; {need.described} need {need.all_gpus:g}. Run fewer "
+            "replicas, or with --device cpu.",
             param="data_parallel_size",
         )
 
@@ -107,30 +128,34 @@ def divided(nodes: Sequence[Mapping[str, float]], need: Need) -> Resources:
     able = [node for node in nodes if _holds(node, need)]
     if not able:
         raise _too_small(nodes, need)
-    most = _most_engines(able, need)
-    shares = [_share(node, engines, need) for node, engines in zip(able, most, strict=True)]
-    each = max(need.least_cpus, min(shares))
-    _check_places(nodes, able, each, need)
+    sharing = _sharing(able, need)
+    shares = [_share(node, number, need) for node, number in zip(able, sharing, strict=True)]
+    each, of_encoder = max(need.least_cpus, min(shares)), max(1, min(shares))
+    _check_places(nodes, able, each, of_encoder, need)
     if max(shares) > each:
         logger.info(
             "each engine reserves %d CPUs, its part of the smallest machine that can hold one; on "
             "the largest of %d machines it would be %d",
             *(each, len(able), max(shares)),
         )
-    # Of unequal machines with GPUs each engine takes the cores that it finds, as no number fits
-    # them all.
-    per_node = most[0] if len(set(most)) == 1 else 1
-    return Resources(engine_cpus=each, engine_gpus=need.gpus, per_node=per_node)
+    return Resources(
+        engine_cpus=each,
+        engine_gpus=need.gpus,
+        encoder_cpus=of_encoder,
+        encoder_gpus=need.encoder_gpus,
+        # Of unequal machines with GPUs each takes the cores that it finds, as no number fits all.
+        per_node=sharing[0] if len(set(sharing)) == 1 else 1,
+    )
 
 
-def _most_engines(able: Sequence[Mapping[str, float]], need: Need) -> list[int]:
-    """Return on how many engines to count on each machine.
+def _sharing(able: Sequence[Mapping[str, float]], need: Need) -> list[int]:
+    """Return among how many engines and encoders to divide the cores of each machine.
 
-    With GPUs as many as it has GPUs for, as Ray may fill a machine before it takes the next one.
-    Raises ConfigError where all together have too few GPUs.
+    With GPUs as many engines as it has GPUs for, as Ray may fill a machine before it takes the next
+    one, and encoders beside them on each. Raises ConfigError where all together have too few GPUs.
     """
     if not need.gpus:
-        return [-(-need.engines // len(able))] * len(able)
+        return [-(-(need.engines + need.encoders) // len(able))] * len(able)
     most = [int(node["GPU"] // need.gpus) for node in able]
     if sum(most) < need.engines:
         raise ConfigError(
@@ -138,27 +163,35 @@ def _most_engines(able: Sequence[Mapping[str, float]], need: Need) -> list[int]:
             f"a machine; {need.engines} are wanted.",
             param="data_parallel_size",
         )
-    return most
+    return [engines + bool(need.encoders) for engines in most]
 
 
 def _check_places(
     nodes: Sequence[Mapping[str, float]],
     able: Sequence[Mapping[str, float]],
     each: int,
+    of_encoder: int,
     need: Need,
 ) -> None:
-    """Raise ConfigError where engines of ``each`` CPUs, and the rest, find no place.
+    """Raise ConfigError where engines of ``each`` CPUs, encoders and the rest find no place.
 
     ``able``: the machines that can hold an engine.
     """
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    if gpus < need.all_gpus:
+        raise ConfigError(
+            f"The Ray cluster has {gpus:g} GPUs, fewer than the {need.all_gpus:g} that "
+            f"{need.described} need; --encoder-gpus sets those of encoders.",
+            param="encoder_replicas",
+        )
     places = sum(_places(node, each, need) for node in able)
     there = sum(node.get("CPU", 0) for node in nodes)
-    if places < need.engines or there < each * need.engines + need.others_cpus:
+    wanted = each * need.engines + of_encoder * need.encoders + need.others_cpus
+    if places < need.engines or there < wanted:
         raise ConfigError(
             f"The Ray cluster has {there:g} CPUs, of which machines that can hold a replica have "
-            f"{sum(node.get('CPU', 0) for node in able):g}; {need.engines} replicas of {each} CPUs "
-            f"and {need.others_cpus:g} CPUs for other processes need "
-            f"{need.engines * each + need.others_cpus:g}.",
+            f"{sum(node.get('CPU', 0) for node in able):g}; {need.described} with {each} CPUs for "
+            f"each engine and {need.others_cpus:g} CPUs for other processes need {wanted:g}.",
             param="data_parallel_size",
         )
 
@@ -198,11 +231,15 @@ def _need(config: ServedConfig, has_gpus: bool) -> Need:
     """Return what the replicas need, with a GPU for each rank where the cluster has some."""
     span = config.server.replica_range
     ranks = config.engine.parallel.tensor_parallel_size
+    gpus = ranks if has_gpus and config.engine.model.device != "cpu" else 0
+    of_encoder = config.server.encoder_gpus
     return Need(
         engines=span[0] if span is not None else config.engine.parallel.data_parallel_size,
         ranks=ranks,
-        gpus=ranks if has_gpus and config.engine.model.device != "cpu" else 0,
+        gpus=gpus,
         others_cpus=config.server.api_server_count,
+        encoders=config.server.encoder_replicas,
+        encoder_gpus=min(1.0, gpus) if of_encoder is None else of_encoder,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -19,14 +18,16 @@ from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine import wire
 from sensorium.engine.serving.client import OutputQueue
 from sensorium.engine.serving.supervisor import EngineSupervisor
-from sensorium.engine.stats import EngineStats
+from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.multimodal.items import MediaItem
-from sensorium.processes import cores
 from sensorium.ray.media.embeddings import shared_embeddings
-from sensorium.ray.media.features import FeaturesIn, FeaturesRef
+from sensorium.ray.media.features import FeaturesIn, FeaturesRef, suit
+from sensorium.ray.media.space import Space
 from sensorium.ray.serving.fleet import STATS_KEY, ReplicaReport
-from sensorium.ray.serving.messages import NOT_TAKEN, TAKEN, Clock, Ticket
+from sensorium.ray.serving.messages import NOT_TAKEN, OTHER_ENCODER, TAKEN, Clock, Ticket
 from sensorium.ray.serving.scaling import LOAD, load_of
+from sensorium.ray.start import start_failed, take_cores
+from sensorium.ray.tasks import own_task
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,6 @@ LOST_SECONDS = 120.0
 attempt to bring it back has failed: one that loads gets the time it takes."""
 STATS_SECONDS = 1.0
 """Interval of reports, and most time that the engine gets to answer for one."""
-START_FAILED = "The engine could not start: "
-"""Begins the message of a replica that cannot start."""
 
 
 class Loss:
@@ -73,30 +72,37 @@ class Engine:
         environment.set_log_level(log_level)
         context = serve.get_replica_context()
         self._id: str = context.replica_id.unique_id
-        _take_cores(context.rank.local_rank if context.rank is not None else 0, per_node)
+        take_cores(context.rank.local_rank if context.rank is not None else 0, per_node)
         self._supervisor = EngineSupervisor(config)
         self._stats = EngineStats()
         self._num_reports = 0
         self._max_num_seqs = config.scheduler.max_num_seqs
         self._loss = Loss()
+        self._space = Space(config)
+        await self._space.look_before()
         try:
             await self._supervisor.start()
         except errors.SensoriumError as error:
             await self._supervisor.stop()
-            # In place of a class that Ray would have to find again where it is raised.
-            raise RuntimeError(f"{START_FAILED}{error.message}") from None
-        self._shared = await shared_embeddings(config, index, self._supervisor.facts)
+            raise start_failed(error) from None
+        await self._space.look(self._supervisor.facts.numerics)
+        self._shared = shared_embeddings(index, self._facts)
         self._features = FeaturesIn(int(config.cache.mm_processor_cache_gb * GIB), self._shared)
-        self._supervisor.watch(lambda _: None)
+        self._num_starts = 0
+        self._supervisor.watch(self._started)
 
     async def generate(
         self, ticket: Ticket, message: bytes, features: tuple[FeaturesRef, ...], clock: Clock
     ) -> AsyncGenerator[bytes, None]:
         """Run a sequence; ``message`` is a ``wire.Submit`` without features.
 
-        Yields ``TAKEN`` or ``NOT_TAKEN``, then ``wire.Updates`` with all that has come meanwhile,
-        or ``wire.Refused``, which ends it. Closing ends the sequence in the engine.
+        Yields ``TAKEN``, ``NOT_TAKEN`` or ``OTHER_ENCODER``, then ``wire.Updates`` with all that
+        has come meanwhile, or ``wire.Refused``, which ends it. Closing ends the sequence in the
+        engine.
         """
+        if not suit(features, self._space.value):
+            yield OTHER_ENCODER
+            return
         queue: OutputQueue = asyncio.Queue()
         offset = clock.offset()
         submit = wire.decode_to_engine(message)
@@ -133,7 +139,7 @@ class Engine:
 
     async def facts(self) -> bytes:
         """Return an ``EngineFacts`` in MessagePack."""
-        return msgspec.msgpack.encode(self._supervisor.facts)
+        return msgspec.msgpack.encode(self._facts)
 
     async def record_routing_stats(self) -> dict[str, bytes]:
         """Return what routers need to know, and what /metrics shows."""
@@ -155,6 +161,23 @@ class Engine:
         await self._supervisor.stop()
         self._features.close()
 
+    @property
+    def _facts(self) -> EngineFacts:
+        return dataclasses.replace(self._supervisor.facts, space=self._space.value)
+
+    def _started(self, facts: EngineFacts) -> None:
+        """Find out which weights the engine has, after each start but the first."""
+        self._num_starts += 1
+        if self._num_starts > 1:
+            before = self._space.value
+            self._space.forget()
+            own_task(self._look(before, facts.numerics))
+
+    async def _look(self, before: bytes, numerics: str) -> None:
+        if await self._space.look(numerics) != before:
+            self._shared = None
+            self._features.stop_sharing()
+
     async def _report(self) -> ReplicaReport:
         up = self._supervisor.alive
         try:
@@ -167,20 +190,11 @@ class Engine:
         self._num_reports += 1
         return ReplicaReport(
             up,
-            self._supervisor.facts,
+            self._facts,
             self._stats,
             self._supervisor.num_restarts,
             self._num_reports,
         )
-
-
-def _take_cores(place: int, per_node: int) -> None:
-    """Keep this thread, and processes that it starts, on one of ``per_node`` parts of the cores."""
-    if per_node < 2 or not hasattr(os, "sched_setaffinity"):
-        return
-    own = cores.find().rank_threads(place % per_node, per_node).cpus
-    if own:
-        os.sched_setaffinity(0, own)
 
 
 def _own(items: Sequence[MediaItem], wanted: Sequence[bytes]) -> list[MediaItem]:

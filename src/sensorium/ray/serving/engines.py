@@ -20,11 +20,12 @@ from sensorium.distributed.routing import RequestKey, request_key
 from sensorium.engine import wire
 from sensorium.engine.serving.client import STOPPING, OutputQueue, dead_error
 from sensorium.engine.serving.engines import ReplicaStats
-from sensorium.engine.stats import EngineFacts, EngineStats
+from sensorium.engine.stats import EncodersApart, EngineFacts, EngineStats
 from sensorium.multimodal.items import MediaItem
-from sensorium.ray.media.features import FeaturesOut
+from sensorium.ray.encoders.client import Encoders
+from sensorium.ray.media.features import FeaturesOut, FeaturesRef
 from sensorium.ray.serving.fleet import Fleet, ReplicaReport, common_facts, fleet_of
-from sensorium.ray.serving.messages import NOT_TAKEN, TAKEN, Clock, Ticket
+from sensorium.ray.serving.messages import NOT_TAKEN, OTHER_ENCODER, TAKEN, Clock, Ticket
 from sensorium.ray.tasks import own_task
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,15 @@ LOOK_SECONDS = 1.0
 class RayEngines:
     """Replicas behind a handle of Ray Serve. All methods are called on one event loop.
 
-    ``features``: puts those of items into the object store.
+    ``features``: puts those of items into the object store. ``encoders``: they encode items before
+    a sequence is sent to an engine; None where engines do that.
     """
 
-    def __init__(self, handle: Any, features: FeaturesOut) -> None:
+    def __init__(
+        self, handle: Any, features: FeaturesOut, encoders: Encoders | None = None
+    ) -> None:
         self._handle = handle
+        self._encoders = encoders
         self._generate = handle.options(stream=True).generate
         self._prefix = f"{secrets.token_hex(6)}-"
         """Makes the ids of sequences unique among all who send to an engine."""
@@ -114,6 +119,10 @@ class RayEngines:
             if report is not None
         }
 
+    def encoder_stats(self) -> EncodersApart | None:
+        """Return the counters of encoders apart; None where engines encode media."""
+        return None if self._encoders is None else self._encoders.stats()
+
     async def load_adapter(self, name: str, path: str, folder: str) -> EngineFacts:
         """Refuse: replicas have the adapters of ``--lora-modules``."""
         raise errors.InvalidRequestError("Replicas load no adapters while they run.")
@@ -172,7 +181,7 @@ class RayEngines:
         self, request: EngineRequest, items: tuple[MediaItem, ...], output_queue: OutputQueue
     ) -> None:
         """Offer a sequence until a replica takes it; it is never sent again after that."""
-        features = await self._features.references(items)
+        features = await self._references(request, items)
         own_id = request.request_id
         sent = dataclasses.replace(request, request_id=self._prefix + own_id)
         message = wire.encode(wire.Submit(sent, ()))
@@ -186,6 +195,9 @@ class RayEngines:
                 if first == TAKEN:
                     await self._deliver(answer, own_id, output_queue)
                     return
+                if first == OTHER_ENCODER and self._encoders is not None:
+                    features = await self._encoders.plain(items)
+                    continue
                 if not first.startswith(NOT_TAKEN):
                     raise errors.EngineDeadError("The engine sent an unexpected first message.")
             except BaseException:
@@ -194,6 +206,21 @@ class RayEngines:
             avoid = (*avoid, first.removeprefix(NOT_TAKEN).decode())
             if len(avoid) >= MOST_TRIES:
                 raise dead_error(RETRY_SECONDS)
+
+    async def _references(
+        self, request: EngineRequest, items: tuple[MediaItem, ...]
+    ) -> tuple[FeaturesRef, ...]:
+        """Return references to the features of items, or to embeddings that encoders made."""
+        if self._encoders is None:
+            return await self._features.references(items)
+        wanted = [item.digest for item in request.items]
+        return await self._encoders.references(items, wanted, self._accepted())
+
+    def _accepted(self) -> dict[bytes, EngineFacts]:
+        """Return the facts of the engines that are up, by the identity of their encoders."""
+        reports = self._fleet().reports.values()
+        up = [report.facts for report in reports if report is not None and report.up]
+        return {facts.space: facts for facts in up or [self.facts] if facts.space}
 
     async def _deliver(self, answer: Any, own_id: str, output_queue: OutputQueue) -> None:
         """Pass on the updates of a sequence until it ends."""

@@ -21,10 +21,10 @@ from sensorium import __version__, environment
 from sensorium.config import ServedConfig, ServerConfig
 from sensorium.errors import ConfigError
 from sensorium.ray.logs import show_logs
-from sensorium.ray.serving.app import ENGINE, QUIET, Resources, application, check
+from sensorium.ray.serving.app import ENCODER, ENGINE, QUIET, Resources, application, check
 from sensorium.ray.serving.claims import Claims, Phase, Start
 from sensorium.ray.serving.cluster import connected, missing, most_replicas
-from sensorium.ray.serving.engine import START_FAILED
+from sensorium.ray.start import START_FAILED
 from sensorium.server.adapters.checks import check_adapters
 from sensorium.server.launch import (
     StopSignals,
@@ -153,7 +153,9 @@ class ReplicasRun:
         """Deploy, and wait until all is up; False when a signal comes first."""
         self._start_serve()
         self.find_address()
-        logger.info("starting %d replicas", most_replicas(self._model))
+        num_encoders = self._model.server.encoder_replicas
+        and_encoders = f" and {num_encoders} replicas of encoders" if num_encoders else ""
+        logger.info("starting %d replicas%s", most_replicas(self._model), and_encoders)
         others = self._claims.add()
         found = self.found_there(others)
         if self.stop.is_set():
@@ -287,7 +289,8 @@ def say_what_is_missing(found: Any, resources: Resources) -> bool:
     for name, deployment in found.deployments.items():
         waiting = _PENDING.search(deployment.message)
         if waiting is not None:
-            own = resources.of_engine if name == ENGINE else {"CPU": resources.server_cpus}
+            known = {ENGINE: resources.of_engine, ENCODER: resources.of_encoder}
+            own = known.get(name, {"CPU": resources.server_cpus})
             logger.warning("%s", missing(name, int(waiting[1]), own, ray.available_resources()))
             return True
     return False

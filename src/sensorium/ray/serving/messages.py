@@ -13,6 +13,10 @@ NOT_TAKEN = b"not taken"
 """Only item of an answer, with the id of the replica behind it: no engine runs there, and another
 replica may be tried."""
 
+OTHER_ENCODER = b"other encoder"
+"""Only item of an answer: embeddings came from an encoder whose weights, dtype or device are not
+those of this engine, and features are wanted in their place."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ticket:

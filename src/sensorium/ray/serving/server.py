@@ -12,8 +12,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sensorium import environment
-from sensorium.config import EngineConfig, ServedConfig
+from sensorium.config import GIB, EngineConfig, ServedConfig
 from sensorium.engine.serving.frontend import Frontend
+from sensorium.ray.encoders.client import Encoders, share_of_store
 from sensorium.ray.media.features import FeaturesOut
 from sensorium.ray.media.names import NamesElsewhere
 from sensorium.ray.serving.engines import RayEngines
@@ -32,17 +33,18 @@ class Server:
     """One process that answers HTTP requests, in front of the engines behind ``handle``.
 
     ``names``: handle of the directory of the media that clients name by ids, None for one process
-    alone.
+    alone. ``encoders``: handle of the encoders, None where engines encode media.
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, config: ServedConfig, handle: Any, names: Any = None
+        self, config: ServedConfig, handle: Any, names: Any = None, encoders: Any = None
     ) -> None:
         configure_logging(config.server)
         environment.set_progress(False)
         self._config = config
         features = FeaturesOut()
-        self._engines = RayEngines(handle, features)
+        apart = None if encoders is None else self._encoders(encoders, features)
+        self._engines = RayEngines(handle, features, apart)
         self._names = None if names is None else NamesElsewhere(names, features)
         self._models = ServedModels([ServedModel(config, self._start)], None)
         self._app = build_app(self._models, config.server)
@@ -84,6 +86,12 @@ class Server:
             engine=self._engines,
             elsewhere=self._names,
         )
+
+    def _encoders(self, handle: Any, features: FeaturesOut) -> Encoders:
+        server = self._config.server
+        share = share_of_store(server.api_server_count)
+        most_kept = int(server.shared_embeddings_gb * GIB) // server.api_server_count
+        return Encoders(handle, features, most_kept=min(most_kept, share), most_waiting=share)
 
 
 class _Answers:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sensorium.config import EngineConfig, ServedConfig
 from sensorium.engine.serving.client import STOPPING
-from sensorium.engine.stats import EngineStats
+from sensorium.engine.stats import EncodersApart, EngineStats
 from sensorium.errors import (
     NOT_LOADED,
     EngineDeadError,
@@ -278,6 +278,10 @@ class ServedModel:
     def media_stats(self) -> dict[str, float]:
         """Return the counters of the media that this process loads for replicas, by name."""
         return {} if self._context is None else self._context.frontend.media_stats()
+
+    def encoder_stats(self) -> EncodersApart | None:
+        """Return the counters of replicas that encode media apart; None where engines do."""
+        return None if self._context is None else self._context.frontend.encoder_stats()
 
     async def _load(self) -> ModelContext:
         began = self._clock()

@@ -125,4 +125,5 @@ def _family(architecture: str, model_type: str) -> Family:
         same_on_threads=False,
         invariant=False,  # soft caps, sinks, experts: what its code does is not known before
         quantizable=False,
+        separable=False,
     )

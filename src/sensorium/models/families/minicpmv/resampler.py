@@ -8,6 +8,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
+from sensorium.kernels.cpu import threads
 from sensorium.layers.linear import Linear
 from sensorium.layers.norm import LayerNorm
 from sensorium.models.families.minicpmv.config import HEAD_DIM, MiniCPMVConfig
@@ -73,8 +74,9 @@ class Resampler:
     ) -> None:
         q, k, v = weight.chunk(3)
         q_bias, k_bias, v_bias = map(owned, bias.chunk(3))
-        queries = F.layer_norm(query, (self.width,), norm_weight, norm_bias, NORM_EPS)
-        self.queries = self._heads(F.linear(queries, q, q_bias)[None])
+        with threads.single():  # a model may be loaded with other threads than it runs with
+            queries = F.layer_norm(query, (self.width,), norm_weight, norm_bias, NORM_EPS)
+            self.queries = self._heads(F.linear(queries, q, q_bias)[None])
         self.k.load(owned(k), k_bias)
         self.v.load(owned(v), v_bias)
 
