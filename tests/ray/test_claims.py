@@ -231,7 +231,7 @@ def test_a_second_signal_ends_the_wait_for_the_cluster(world: World) -> None:
 
     waiting = threading.Thread(target=run.until_hurry, args=(waits, math.inf), daemon=True)
     waiting.start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     run.hurry.set()
     waiting.join(60)
     assert not waiting.is_alive()
