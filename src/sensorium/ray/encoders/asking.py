@@ -155,6 +155,8 @@ class Asking:
         finally:
             forget_taken(number)
             if not answer.done():
+                # Ray Serve ends it with an error of its own, which nobody waits for.
+                answer.add_done_callback(lambda task: task.cancelled() or task.exception())
                 response.cancel()
                 answer.cancel()
 
