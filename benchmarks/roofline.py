@@ -44,6 +44,8 @@ from sensorium.kernels.cpu.numeric import (
 
 SUMS = 12
 """Independent sums of a loop."""
+SUM_BYTES = SUMS * 64
+"""Bytes of a thread's sums, in the widest vectors."""
 TASK_FLOATS = 64 * 1024
 READ_BYTES = 512 * 1024 * 1024
 TURNS = 1_000_000
@@ -140,8 +142,10 @@ def _loop(operation: Operation, bits: int) -> Any:
                     own = builder.asm(hidden, "", "=x,0", [builder.load(other)], side_effect=True)
                     builder.store(own, other)
                     builder.store(operation.emit(builder, builder.load(slot), own, start), slot)
-            for slot in slots:
-                builder.store(builder.load(slot), memory, align=1)
+            # Each sum to a place of its own: LLVM leaves out sums that nobody reads.
+            for number, slot in enumerate(slots):
+                place = builder.gep(memory, [_I64(number)])
+                builder.store(builder.load(slot), place, align=1)
             return context.get_dummy_value()
 
         return types.void(types.int64, place), codegen
@@ -185,12 +189,12 @@ def build_read() -> Callable[[Any], None]:
 
 
 def build_rate(operation: Operation, bits: int) -> Callable[[Any], None]:
-    """Build the kernel of an operation. args: turns, 64 bytes for each thread."""
+    """Build the kernel of an operation. args: turns, ``SUM_BYTES`` for each thread."""
     run = _loop(operation, bits)
 
     def rate(args: Any) -> None:
         slot = fetch_add(args, 1, 1)
-        run(args[3], shifted(pointer(args[4], types.uint8), slot * 64))
+        run(args[3], shifted(pointer(args[4], types.uint8), slot * SUM_BYTES))
 
     return rate
 
@@ -220,7 +224,7 @@ def reading(threads: int, seconds: float) -> float:
 def rate(operation: Operation, threads: int, seconds: float) -> float:
     """Return the billions of multiply-adds a second that some threads run."""
     bits = 512 if levels.has_wide_registers() else 256
-    memory = torch.zeros(threads * 64, dtype=torch.uint8)
+    memory = torch.zeros(threads * SUM_BYTES, dtype=torch.uint8)
     launch = _compiled(build_rate(operation, bits)).on(threads, 1 << 40)
     took = best(lambda: launch(pack(threads, TURNS, memory.data_ptr())), seconds)
     return threads * TURNS * SUMS * bits / 8 * operation.products_per_byte / took / 1e9

@@ -190,7 +190,7 @@ def test_many_rows_go_in_blocks_whose_memory_is_bounded(
 
 @pytest.mark.parametrize("form", integers.forms())
 @pytest.mark.parametrize(
-    ("name", "value"), [("int8", 127), ("int8", -127), ("int4", 7), ("int4", -8)]
+    ("name", "value"), [("int8", 127), ("int8", -127), ("int8", -128), ("int4", 7), ("int4", -8)]
 )
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_largest_sums_do_not_overflow(name: str, form: str, value: int, sign: float) -> None:
@@ -198,11 +198,14 @@ def test_the_largest_sums_do_not_overflow(name: str, form: str, value: int, sign
     group = LONGEST if name == "int8" else 32
     scales = torch.ones(16, -(-LONGEST // group))
     weight = QuantizedTensor(values, scales, int(name[-1]), group)
-    x = torch.full((21, LONGEST), sign)
-    result = product(name, weight, torch.float32, form)(x)
-    torch.testing.assert_close(
-        result, torch.full((21, 16), sign * value * LONGEST), rtol=1e-5, atol=0.0
-    )
+    multiply = product(name, weight, torch.float32, form)
+    for rows in (1, 2, 21):
+        torch.testing.assert_close(
+            multiply(torch.full((rows, LONGEST), sign)),
+            torch.full((rows, 16), sign * value * LONGEST),
+            rtol=1e-5,
+            atol=0.0,
+        )
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -7,8 +7,9 @@ groups, and the total is multiplied by the output's scale.
 
 With AVX2 alone bytes are multiplied as 16-bit numbers (``vpmaddwd``): the even bytes of four by
 inputs 0 and 2, the odd ones by 1 and 3. Multiplying bytes directly (``vpmaddubsw``) would saturate.
-
-Many rows go crosswise there (``integer.crossed``).
+Many rows go crosswise there (``integer.crossed``). For one or two rows (``SIGNS``) magnitudes of
+weights are multiplied by activations with the weights' signs: two products of at most 128 * 127
+fit 16 bits. That takes fewer instructions for a byte of weights, and more for a row.
 """
 
 from __future__ import annotations
@@ -32,11 +33,18 @@ from sensorium.kernels.cpu.linear.integer.crossed import (
     rows_of,
     widen,
 )
-from sensorium.kernels.cpu.linear.integer.kernel import IntegerProduct, Layout, ManyRows, build
+from sensorium.kernels.cpu.linear.integer.kernel import (
+    FewRows,
+    IntegerProduct,
+    Layout,
+    ManyRows,
+    build,
+)
 from sensorium.kernels.cpu.linear.integers import (
     BLOCK,
     FETCH_AHEAD,
     I64,
+    SIGNS,
     STEP,
     STEP_BYTES,
     Form,
@@ -49,7 +57,7 @@ from sensorium.kernels.cpu.numeric import ELEMENT, INLINE, WIDTH, njit, shifted
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
 BIAS = 128
-TILE_ROWS = {"avx2": 4, "vnni256": 6, "vnni512": 12}
+TILE_ROWS = {"avx2": 4, SIGNS: 2, "vnni256": 6, "vnni512": 12}
 """Rows that are multiplied at once: as many as keep their sums in registers."""
 
 
@@ -73,7 +81,31 @@ def emit_step(
                 total = form.multiply_bytes(builder.load(sums[r][p]), loaded[p], row)
                 builder.store(total, sums[r][p])
         return
+    if form.name == SIGNS:
+        _emit_signs(form, num_rows, sums, loaded, q, q_at)
+        return
     _emit_pairs(form, num_rows, sums, form.halves(loaded), q, q_at)
+
+
+def _emit_signs(
+    form: Form,
+    num_rows: int,
+    sums: list[list[ir.Value]],
+    loaded: list[ir.Value],
+    q: ir.Value,
+    q_at: Any,
+) -> None:
+    """Add the products of one step: magnitudes of weights by bytes of rows with their signs."""
+    builder = form.builder
+    bias, ones = form.constant(form.bytes, BIAS), form.constant(form.shorts, 1)
+    signed = [builder.xor(value, bias) for value in loaded]
+    sizes = [form.magnitudes(value) for value in signed]
+    for r in range(num_rows):
+        row = form.repeated(q, builder.add(q_at, I64(r * BLOCK)), form.bytes)
+        for p in range(form.parts):
+            pairs = form.multiply_pairs(sizes[p], form.with_signs(row, signed[p]))
+            total = form.add(builder.load(sums[r][p]), form.multiply_shorts(pairs, ones))
+            builder.store(total, sums[r][p])
 
 
 def _emit_pairs(
@@ -97,47 +129,80 @@ def _emit_pairs(
 
 
 def _emit_tile(builder: ir.IRBuilder, num_rows: int, args: Any, name: str) -> None:
-    """Emit the products of a group of ``num_rows`` rows with a panel."""
+    """Emit the products of ``num_rows`` rows with blocks of a panel, group by group."""
     q, scales, corrections, stride, weights, blocks, totals = args
     form = Form(builder, name)
     sets = max(1, 4 // num_rows) if form.vnni else 1
     # Few rows have too few sums to hide the latency of an instruction: their steps take turns.
-    sums = [
-        [
-            [cgutils.alloca_once(builder, form.sums) for _ in range(form.parts)]
-            for _ in range(num_rows)
-        ]
-        for _ in range(sets)
+    sums = [_slots(form, form.sums, num_rows) for _ in range(sets)]
+    floats = _slots(form, form.floats, num_rows)
+    offsets = [
+        [4 * (r * WIDTH + p * form.width) for p in range(form.parts)] for r in range(num_rows)
     ]
-    for r in range(num_rows):
-        start = form.repeated(corrections, 4 * r, form.sums)
-        for p in range(form.parts):
-            for number, own in enumerate(sums):
-                zero = form.constant(form.sums, 0)
-                builder.store(zero if number else start, own[r][p])
-    unrolled = 4 if form.vnni or num_rows == 1 else 1
-    block_bytes = I64(BLOCK if form.vnni else 2 * BLOCK)
-    with cgutils.for_range(builder, blocks) as block:
-        place = builder.mul(builder.mul(block.index, stride), block_bytes)
-        own_q = builder.gep(q, [place])
-        own_w = builder.gep(weights, [builder.mul(block.index, I64(BLOCK * WIDTH))])
-        if FETCH_AHEAD:
-            fetch_lines(builder, own_w, FETCH_AHEAD, BLOCK * WIDTH)
-        # A loop whose length LLVM does not know: unrolled, it would need too many registers.
-        with cgutils.for_range(builder, opaque(builder, BLOCK // STEP // unrolled)) as loop:
-            for step in range(unrolled):
-                index = builder.add(builder.mul(loop.index, I64(unrolled)), I64(step))
-                w_at, q_at = builder.mul(index, I64(STEP_BYTES)), builder.mul(index, I64(STEP))
-                emit_step(form, num_rows, sums[step % sets], own_w, w_at, own_q, q_at)
-    for r in range(num_rows):
-        scale = form.repeated(scales, 4 * r, form.floats)
-        for p in range(form.parts):
-            total = builder.load(sums[0][r][p])
-            for own in sums[1:]:
-                total = form.add(total, builder.load(own[r][p]))
-            offset = 4 * (r * WIDTH + p * form.width)
-            before = form.load(totals, offset, form.floats)
-            form.store(totals, offset, form.scaled(total, scale, before))
+    for own, places in zip(floats, offsets, strict=True):
+        for slot, offset in zip(own, places, strict=True):
+            builder.store(form.load(totals, offset, form.floats), slot)
+    per_group = I64(GROUP // BLOCK)
+    groups = builder.udiv(builder.add(blocks, I64(GROUP // BLOCK - 1)), per_group)
+    with cgutils.for_range(builder, groups) as group:
+        first = builder.mul(group.index, per_group)
+        left = builder.sub(blocks, first)
+        own_blocks = builder.select(builder.icmp_signed("<", left, per_group), left, per_group)
+        word = builder.mul(builder.mul(group.index, stride), I64(4))
+        _start_sums(form, sums, builder.gep(corrections, [word]))
+        with cgutils.for_range(builder, own_blocks) as block:
+            index = builder.add(first, block.index)
+            _emit_block(form, sums, builder.mul(index, stride), index, q, weights)
+        own_scales = builder.gep(scales, [word])
+        for r, own in enumerate(floats):
+            scale = form.repeated(own_scales, 4 * r, form.floats)
+            for p, slot in enumerate(own):
+                total = functools.reduce(form.add, (builder.load(s[r][p]) for s in sums))
+                builder.store(form.scaled(total, scale, builder.load(slot)), slot)
+    for own, places in zip(floats, offsets, strict=True):
+        for slot, offset in zip(own, places, strict=True):
+            form.store(totals, offset, builder.load(slot))
+
+
+Slots = list[list[ir.Value]]
+"""Vectors on the stack, by row and part of a panel."""
+
+
+def _slots(form: Form, kind: ir.VectorType, num_rows: int) -> Slots:
+    """Return slots for each row and part."""
+    return [
+        [cgutils.alloca_once(form.builder, kind) for _ in range(form.parts)]
+        for _ in range(num_rows)
+    ]
+
+
+def _start_sums(form: Form, sums: list[Slots], corrections: ir.Value) -> None:
+    """Let the first set of sums of a group start with the rows' corrections, others with zero."""
+    zero = form.constant(form.sums, 0)
+    for number, own in enumerate(sums):
+        for r, parts in enumerate(own):
+            start = zero if number else form.repeated(corrections, 4 * r, form.sums)
+            for slot in parts:
+                form.builder.store(start, slot)
+
+
+def _emit_block(
+    form: Form, sums: list[Slots], place: ir.Value, index: ir.Value, q: ir.Value, weights: ir.Value
+) -> None:
+    """Add the products of a block of inputs; ``place``: rows before it in ``q``."""
+    builder, num_rows = form.builder, len(sums[0])
+    unrolled = 4 if form.vnni or form.name == SIGNS or num_rows == 1 else 1
+    block_bytes = I64(2 * BLOCK if form.name == "avx2" else BLOCK)
+    own_q = builder.gep(q, [builder.mul(place, block_bytes)])
+    own_w = builder.gep(weights, [builder.mul(index, I64(BLOCK * WIDTH))])
+    if form.name != SIGNS:
+        fetch_lines(builder, own_w, FETCH_AHEAD, BLOCK * WIDTH)
+    # A loop whose length LLVM does not know: unrolled, it would need too many registers.
+    with cgutils.for_range(builder, opaque(builder, BLOCK // STEP // unrolled)) as loop:
+        for step in range(unrolled):
+            index = builder.add(builder.mul(loop.index, I64(unrolled)), I64(step))
+            w_at, q_at = builder.mul(index, I64(STEP_BYTES)), builder.mul(index, I64(STEP))
+            emit_step(form, num_rows, sums[step % len(sums)], own_w, w_at, own_q, q_at)
 
 
 def _panel(name: str) -> Any:
@@ -160,6 +225,9 @@ def _panel(name: str) -> Any:
         sums: Any,
     ) -> None:
         padded = (inputs + BLOCK - 1) // BLOCK * BLOCK
+        if rows <= most:
+            tile(rows, q, scales, corrections, rows, weights, padded // BLOCK, sums)
+            return
         wide = buffer()
         first = first_rows(rows)
         for start in range(0, padded, group):
@@ -215,7 +283,8 @@ def kernel(dtype: torch.dtype, form: str) -> Launcher:
     unit = tiles.units().get(form)
     panel = _panel(form) if unit is None else tiles.int8_panel(unit)
     own_rows = rows_of(form)
-    function = build(ELEMENT[dtype], layout(form).row_bytes, BIAS, pairs, panel, own_rows)
+    bias = 0 if form == SIGNS else BIAS
+    function = build(ELEMENT[dtype], layout(form).row_bytes, bias, pairs, panel, own_rows)
     return compile_kernel(function, f"int8_{str(dtype).removeprefix('torch.')}_{form}")
 
 
@@ -283,8 +352,9 @@ class Int8Weight(PackedWeight):
     ) -> Multiply:
         """Return ``bind`` in one form of instructions, with ``many`` for many rows."""
         own, used, scales = kernel(self.dtype, form), layout(form), self.scales
+        few = FewRows(TILE_ROWS[SIGNS], kernel(self.dtype, SIGNS)) if form == "avx2" else None
         return IntegerProduct(
-            *(own, used, self.shape, self.packed, scales, bias, act, self.dtype, many)
+            *(own, used, self.shape, self.packed, scales, bias, act, self.dtype, few, many)
         )
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:

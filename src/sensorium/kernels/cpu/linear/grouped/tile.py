@@ -211,7 +211,7 @@ def _emit_tile(
     multiply = _nibble_sums if layout.bits == 4 else _byte_sums
     with cgutils.for_range(builder, groups) as loop:
         own = builder.gep(weights, [builder.mul(loop.index, I64(layout.num_bytes))])
-        if FETCH_AHEAD:
+        if num_rows > 1:
             fetch_lines(builder, own, FETCH_AHEAD, layout.num_bytes)
         place = builder.mul(loop.index, stride)
         row_at = builder.gep(q, [builder.mul(place, I64(layout.rows(name).row_bytes))])

@@ -155,7 +155,7 @@ class GroupedWeight(PackedWeight):
         """Return ``bind`` in one form of instructions, with ``many`` for many rows."""
         own, rows = self.kernel(form), self.layout.rows(form)
         return IntegerProduct(
-            *(own, rows, self.shape, self.packed, self.factors, bias, act, self.dtype, many)
+            *(own, rows, self.shape, self.packed, self.factors, bias, act, self.dtype), many=many
         )
 
     def kernel(self, form: str) -> Launcher:

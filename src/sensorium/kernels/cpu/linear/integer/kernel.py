@@ -78,6 +78,13 @@ SLACK = 16 * BLOCK
 """Bytes behind the quantized rows that matrix tiles may read: a tile's rows of a block."""
 
 
+class FewRows(NamedTuple):
+    """A kernel for products of ``most`` rows and fewer, whose rows take no more memory."""
+
+    most: int
+    kernel: Launcher
+
+
 class ManyRows(NamedTuple):
     """A kernel for products of ``least`` rows and more."""
 
@@ -244,13 +251,14 @@ class IntegerProduct(RowProduct):
         bias: torch.Tensor | None,
         act: str | None,
         dtype: torch.dtype,
+        few: FewRows | None = None,
         many: ManyRows | None = None,
     ) -> None:
         """Bind a kernel to its weights.
 
         weights: panels of bytes, the first axis that of panels. scales: float32 of the outputs,
-        padded to whole panels. bias: (N,). dtype: that of the activations. many: a kernel of the
-        same layout for many rows.
+        padded to whole panels. bias: (N,). dtype: that of the activations. few, many: kernels for
+        few and for many rows, the latter of the same layout.
         """
         self.row_bytes = -(-shape[1] // BLOCK) * layout.row_bytes
         self.scale_bytes = -(-shape[1] // layout.group) * 4
@@ -258,7 +266,7 @@ class IntegerProduct(RowProduct):
         self.block_rows = max(LEAST_ROW_BLOCK, min(ROW_BLOCK, rows))
         fits = rows_that_fit(self.row_bytes + 2 * self.scale_bytes, self.block_rows)
         super().__init__(shape, dtype, fits)
-        self.kernel, self.layout, self.many = kernel, layout, many
+        self.kernel, self.layout, self.few, self.many = kernel, layout, few, many
         bias = None if bias is None else bias.to(dtype).contiguous()
         self.kept = (weights, scales, bias)
         self.num_panels, self.panel_bytes = weights.shape[0], weights[0].numel()
@@ -270,6 +278,8 @@ class IntegerProduct(RowProduct):
         """Return the kernel for so many rows."""
         if self.many is not None and num_rows >= self.many.least:
             return self.many.kernel
+        if self.few is not None and num_rows <= self.few.most:
+            return self.few.kernel
         return self.kernel
 
     def plan(self, num_rows: int, threads: int) -> Plan:
