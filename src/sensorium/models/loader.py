@@ -37,6 +37,7 @@ from sensorium.models.shares import check_divisible
 if TYPE_CHECKING:
     import torch
 
+    from sensorium.config import ModelConfig
     from sensorium.distributed.collectives import Collectives
     from sensorium.models.loading.published.gguf import GgufWeights
     from sensorium.models.loading.quantize import WeightFormats
@@ -93,6 +94,17 @@ def read_config(
     except UnsupportedModelError:
         return loaded  # a folder may be read for its tokenizer alone; loading it raises the error
     return read_parts(loaded, family, download_dir)[0]
+
+
+def read_config_of(options: ModelConfig) -> LoadedConfig:
+    """Read the configuration files of the checkpoint that options name; see ``read_config``."""
+    return read_config(
+        options.model,
+        mmproj=options.mmproj,
+        revision=options.revision,
+        hf_overrides=options.hf_overrides,
+        download_dir=options.download_dir,
+    )
 
 
 def load(

@@ -70,14 +70,7 @@ def _check_model(model: ServedConfig) -> None:
     """Raise ConfigError for a model that is not there, before a cluster is started for it."""
     from sensorium.models import loader
 
-    options = model.engine.model
-    loader.read_config(
-        options.model,
-        mmproj=options.mmproj,
-        revision=options.revision,
-        hf_overrides=options.hf_overrides,
-        download_dir=options.download_dir,
-    )
+    loader.read_config_of(model.engine.model)
 
 
 def _run_lines(run: Run, journal: Journal, model: ServedConfig, cluster: Cluster) -> None:

@@ -91,13 +91,7 @@ class InputProcessor:
         elsewhere: NamedFeatures | None = None,
     ) -> None:
         self._config, model = config, config.model
-        self._loaded = loader.read_config(
-            model.model,
-            mmproj=model.mmproj,
-            revision=model.revision,
-            hf_overrides=model.hf_overrides,
-            download_dir=model.download_dir,
-        )
+        self._loaded = loader.read_config_of(model)
         self._generation = generation_values(self._loaded.generation, model)
         family = resolve(self._loaded.config)
         refuse_unsupported(self._loaded, native=family.quantizable, named=model.quantization)

@@ -28,14 +28,7 @@ def main() -> int:
     if not isinstance(message, wire.Configure):
         return 1
     config = message.config
-    model = config.model
-    loaded = loader.read_config(
-        model.model,
-        mmproj=model.mmproj,
-        revision=model.revision,
-        hf_overrides=model.hf_overrides,
-        download_dir=model.download_dir,
-    )
+    loaded = loader.read_config_of(config.model)
     processor = resolve(loaded.config).build_processor(loaded)
     if processor is None:
         return 1

@@ -21,13 +21,7 @@ def check_encoders(config: EngineConfig) -> None:
             "so embeddings made apart are not the engines'; leave it at 0.",
             param="encoder_replicas",
         )
-    loaded = loader.read_config(
-        model.model,
-        mmproj=model.mmproj,
-        revision=model.revision,
-        hf_overrides=model.hf_overrides,
-        download_dir=model.download_dir,
-    )
+    loaded = loader.read_config_of(model)
     processor = check_separable(loaded, resolve(loaded.config))
     if all(config.media.limit(m) == 0 for m in processor.modalities):
         raise ConfigError(

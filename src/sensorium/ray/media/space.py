@@ -69,13 +69,7 @@ def files_of(config: EngineConfig) -> str:
     if model.load_format == "dummy":
         return ""
     try:
-        loaded = loader.read_config(
-            model.model,
-            mmproj=model.mmproj,
-            revision=model.revision,
-            hf_overrides=model.hf_overrides,
-            download_dir=model.download_dir,
-        )
+        loaded = loader.read_config_of(model)
     except SensoriumError:  # who loads the model says why
         return ""
     folders = [loaded.folder, *(part.folder for _, part in sorted(loaded.parts.items()))]

@@ -59,13 +59,7 @@ def read_facts(config: EngineConfig) -> ModelFacts | None:
     if not checkpoint.is_local(options.model):
         return None
     try:
-        loaded = loader.read_config(
-            options.model,
-            mmproj=options.mmproj,
-            revision=options.revision,
-            hf_overrides=options.hf_overrides,
-            download_dir=options.download_dir,
-        )
+        loaded = loader.read_config_of(options)
         family = resolve(loaded.config)
         embedder = embedder_of(loaded, family, options.runner)
         processor = family.build_processor(loaded)
