@@ -48,6 +48,7 @@ from sensorium.kernels.cpu.linear.integers import (
     STEP,
     STEP_BYTES,
     Form,
+    Values,
     fetch_lines,
     forms,
     opaque,
@@ -61,10 +62,9 @@ TILE_ROWS = {"avx2": 4, SIGNS: 2, "vnni256": 6, "vnni512": 12}
 """Rows that are multiplied at once: as many as keep their sums in registers."""
 
 
-def emit_step(
+def _emit_step(
     form: Form,
-    num_rows: int,
-    sums: list[list[ir.Value]],
+    sums: Values,
     w: ir.Value,
     w_at: Any,
     q: ir.Value,
@@ -75,22 +75,20 @@ def emit_step(
     size = 4 * form.width
     loaded = [form.load(w, builder.add(w_at, I64(p * size)), form.bytes) for p in range(form.parts)]
     if form.vnni:
-        for r in range(num_rows):
+        for r, own in enumerate(sums):
             row = form.repeated(q, builder.add(q_at, I64(r * BLOCK)), form.bytes)
-            for p in range(form.parts):
-                total = form.multiply_bytes(builder.load(sums[r][p]), loaded[p], row)
-                builder.store(total, sums[r][p])
+            for slot, value in zip(own, loaded, strict=True):
+                builder.store(form.multiply_bytes(builder.load(slot), value, row), slot)
         return
     if form.name == SIGNS:
-        _emit_signs(form, num_rows, sums, loaded, q, q_at)
+        _emit_signs(form, sums, loaded, q, q_at)
         return
-    _emit_pairs(form, num_rows, sums, form.halves(loaded), q, q_at)
+    _emit_pairs(form, sums, form.halves(loaded), q, q_at)
 
 
 def _emit_signs(
     form: Form,
-    num_rows: int,
-    sums: list[list[ir.Value]],
+    sums: Values,
     loaded: list[ir.Value],
     q: ir.Value,
     q_at: Any,
@@ -100,48 +98,38 @@ def _emit_signs(
     bias, ones = form.constant(form.bytes, BIAS), form.constant(form.shorts, 1)
     signed = [builder.xor(value, bias) for value in loaded]
     sizes = [form.magnitudes(value) for value in signed]
-    for r in range(num_rows):
+    for r, own in enumerate(sums):
         row = form.repeated(q, builder.add(q_at, I64(r * BLOCK)), form.bytes)
-        for p in range(form.parts):
+        for p, slot in enumerate(own):
             pairs = form.multiply_pairs(sizes[p], form.with_signs(row, signed[p]))
-            total = form.add(builder.load(sums[r][p]), form.multiply_shorts(pairs, ones))
-            builder.store(total, sums[r][p])
+            total = form.add(builder.load(slot), form.multiply_shorts(pairs, ones))
+            builder.store(total, slot)
 
 
 def _emit_pairs(
     form: Form,
-    num_rows: int,
-    sums: list[list[ir.Value]],
-    halves: list[list[ir.Value]],
+    sums: Values,
+    halves: Values,
     q: ir.Value,
     q_at: ir.Value,
 ) -> None:
     """Add the products of one step of 16-bit weights."""
     builder = form.builder
     q_at = builder.shl(q_at, I64(1))
-    for r in range(num_rows):
+    for r, own in enumerate(sums):
         for half, values in enumerate(halves):
             offset = builder.add(q_at, I64(r * 2 * BLOCK + 4 * half))
             row = form.repeated(q, offset, form.shorts)
-            for p in range(form.parts):
-                total = form.add(builder.load(sums[r][p]), form.multiply_shorts(values[p], row))
-                builder.store(total, sums[r][p])
+            for slot, value in zip(own, values, strict=True):
+                total = form.add(builder.load(slot), form.multiply_shorts(value, row))
+                builder.store(total, slot)
 
 
 def _emit_tile(builder: ir.IRBuilder, num_rows: int, args: Any, name: str) -> None:
     """Emit the products of ``num_rows`` rows with blocks of a panel, group by group."""
     q, scales, corrections, stride, weights, blocks, totals = args
     form = Form(builder, name)
-    sets = max(1, 4 // num_rows) if form.vnni else 1
-    # Few rows have too few sums to hide the latency of an instruction: their steps take turns.
-    sums = [_slots(form, form.sums, num_rows) for _ in range(sets)]
-    floats = _slots(form, form.floats, num_rows)
-    offsets = [
-        [4 * (r * WIDTH + p * form.width) for p in range(form.parts)] for r in range(num_rows)
-    ]
-    for own, places in zip(floats, offsets, strict=True):
-        for slot, offset in zip(own, places, strict=True):
-            builder.store(form.load(totals, offset, form.floats), slot)
+    floats = form.load_totals(totals, num_rows)
     per_group = I64(GROUP // BLOCK)
     groups = builder.udiv(builder.add(blocks, I64(GROUP // BLOCK - 1)), per_group)
     with cgutils.for_range(builder, groups) as group:
@@ -149,7 +137,7 @@ def _emit_tile(builder: ir.IRBuilder, num_rows: int, args: Any, name: str) -> No
         left = builder.sub(blocks, first)
         own_blocks = builder.select(builder.icmp_signed("<", left, per_group), left, per_group)
         word = builder.mul(builder.mul(group.index, stride), I64(4))
-        _start_sums(form, sums, builder.gep(corrections, [word]))
+        sums = _group_sums(form, num_rows, builder.gep(corrections, [word]))
         with cgutils.for_range(builder, own_blocks) as block:
             index = builder.add(first, block.index)
             _emit_block(form, sums, builder.mul(index, stride), index, q, weights)
@@ -159,50 +147,43 @@ def _emit_tile(builder: ir.IRBuilder, num_rows: int, args: Any, name: str) -> No
             for p, slot in enumerate(own):
                 total = functools.reduce(form.add, (builder.load(s[r][p]) for s in sums))
                 builder.store(form.scaled(total, scale, builder.load(slot)), slot)
-    for own, places in zip(floats, offsets, strict=True):
-        for slot, offset in zip(own, places, strict=True):
-            form.store(totals, offset, builder.load(slot))
+    form.store_totals(totals, floats)
 
 
-Slots = list[list[ir.Value]]
-"""Vectors on the stack, by row and part of a panel."""
+def _group_sums(form: Form, num_rows: int, corrections: ir.Value) -> list[Values]:
+    """Return sets of sums of a group: the first starts with the corrections, others with zero.
 
-
-def _slots(form: Form, kind: ir.VectorType, num_rows: int) -> Slots:
-    """Return slots for each row and part."""
-    return [
-        [cgutils.alloca_once(form.builder, kind) for _ in range(form.parts)]
-        for _ in range(num_rows)
-    ]
-
-
-def _start_sums(form: Form, sums: list[Slots], corrections: ir.Value) -> None:
-    """Let the first set of sums of a group start with the rows' corrections, others with zero."""
-    zero = form.constant(form.sums, 0)
-    for number, own in enumerate(sums):
-        for r, parts in enumerate(own):
-            start = zero if number else form.repeated(corrections, 4 * r, form.sums)
-            for slot in parts:
-                form.builder.store(start, slot)
+    Few rows have too few sums to hide the latency of an instruction: their steps take turns.
+    """
+    own = [[form.repeated(corrections, 4 * r, form.sums)] * form.parts for r in range(num_rows)]
+    zeros = [[form.constant(form.sums, 0)] * form.parts] * num_rows
+    sets = max(1, 4 // num_rows) if form.vnni else 1
+    return [form.slots(form.sums, starts) for starts in (own, *[zeros] * (sets - 1))]
 
 
 def _emit_block(
-    form: Form, sums: list[Slots], place: ir.Value, index: ir.Value, q: ir.Value, weights: ir.Value
+    form: Form, sums: list[Values], place: ir.Value, index: ir.Value, q: ir.Value, weights: ir.Value
 ) -> None:
     """Add the products of a block of inputs; ``place``: rows before it in ``q``."""
-    builder, num_rows = form.builder, len(sums[0])
-    unrolled = 4 if form.vnni or form.name == SIGNS or num_rows == 1 else 1
+    builder = form.builder
     block_bytes = I64(2 * BLOCK if form.name == "avx2" else BLOCK)
     own_q = builder.gep(q, [builder.mul(place, block_bytes)])
     own_w = builder.gep(weights, [builder.mul(index, I64(BLOCK * WIDTH))])
     if form.name != SIGNS:
         fetch_lines(builder, own_w, FETCH_AHEAD, BLOCK * WIDTH)
+    emit_steps(form, sums, own_w, own_q)
+
+
+def emit_steps(form: Form, sums: list[Values], weights: ir.Value, q: ir.Value) -> None:
+    """Add the products of the steps of a block to sets of sums, which take turns."""
+    builder, num_rows = form.builder, len(sums[0])
+    unrolled = 4 if form.vnni or form.name == SIGNS or num_rows == 1 else 1
     # A loop whose length LLVM does not know: unrolled, it would need too many registers.
     with cgutils.for_range(builder, opaque(builder, BLOCK // STEP // unrolled)) as loop:
         for step in range(unrolled):
             index = builder.add(builder.mul(loop.index, I64(unrolled)), I64(step))
             w_at, q_at = builder.mul(index, I64(STEP_BYTES)), builder.mul(index, I64(STEP))
-            emit_step(form, num_rows, sums[step % len(sums)], own_w, w_at, own_q, q_at)
+            _emit_step(form, sums[step % len(sums)], weights, w_at, q, q_at)
 
 
 def _panel(name: str) -> Any:

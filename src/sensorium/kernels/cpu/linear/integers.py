@@ -107,6 +107,10 @@ def fetch_first(typingctx: Any, weights: Any) -> Any:
     return types.void(weights), codegen
 
 
+Values = list[list[ir.Value]]
+"""Vectors by row and part of a panel, or places on the stack that hold them."""
+
+
 class Form:
     """Sixteen sums of int32 in one of ``FORMS``: ``parts`` vectors of ``width`` lanes."""
 
@@ -135,6 +139,35 @@ class Form:
     def store(self, pointer: ir.Value, offset: int | ir.Value, value: ir.Value) -> None:
         """Store a vector at any address."""
         self.builder.store(value, at(self.builder, pointer, offset, value.type), align=1)
+
+    def slots(self, kind: ir.VectorType, starts: Values) -> Values:
+        """Return places on the stack that hold vectors of a type."""
+        slots = [[cgutils.alloca_once(self.builder, kind) for _ in own] for own in starts]
+        for own_slots, own in zip(slots, starts, strict=True):
+            for slot, start in zip(own_slots, own, strict=True):
+                self.builder.store(start, slot)
+        return slots
+
+    def loaded(self, slots: Values) -> Values:
+        """Return what places hold."""
+        return [[self.builder.load(slot) for slot in own] for own in slots]
+
+    def load_totals(self, totals: ir.Value, num_rows: int) -> Values:
+        """Return places that hold totals (rows, 16) of floats."""
+        before = [
+            [self.load(totals, self._total_at(r, p), self.floats) for p in range(self.parts)]
+            for r in range(num_rows)
+        ]
+        return self.slots(self.floats, before)
+
+    def store_totals(self, totals: ir.Value, slots: Values) -> None:
+        """Store what places hold in totals (rows, 16)."""
+        for r, own in enumerate(self.loaded(slots)):
+            for p, total in enumerate(own):
+                self.store(totals, self._total_at(r, p), total)
+
+    def _total_at(self, row: int, part: int) -> int:
+        return 4 * (row * WIDTH + part * self.width)
 
     def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """Add integers lane by lane."""

@@ -27,7 +27,7 @@ import torch
 from numba.core import cgutils
 
 from sensorium.kernels.cpu.launch import Launcher, compile_kernel
-from sensorium.kernels.cpu.linear.int8 import TILE_ROWS, emit_step
+from sensorium.kernels.cpu.linear.int8 import TILE_ROWS, emit_steps
 from sensorium.kernels.cpu.linear.integer.kernel import Layout, build
 from sensorium.kernels.cpu.linear.integers import (
     BLOCK,
@@ -35,8 +35,8 @@ from sensorium.kernels.cpu.linear.integers import (
     I8,
     I64,
     STEP,
-    STEP_BYTES,
     Form,
+    Values,
     fetch_lines,
     lanes,
     opaque,
@@ -50,9 +50,6 @@ STEPS = GROUP // STEP
 SYMMETRIC, ZEROS, MINIMUMS = "", "zeros", "minimums"
 OFFSET_BYTES = {SYMMETRIC: 0, ZEROS: WIDTH, MINIMUMS: 2 * WIDTH}
 """Bytes of a group and panel for zero points (uint8) or for minimums (float16, negative)."""
-
-Sums = list[list[ir.Value]]
-"""By row and part of a panel."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +120,7 @@ def _half_floats(form: Form, weights: ir.Value, start: int) -> list[ir.Value]:
 
 def _starts(
     form: Form, layout: GroupLayout, weights: ir.Value, corrections: ir.Value, num_rows: int
-) -> Sums:
+) -> Values:
     """Return what sums begin with: minus the sum of activations times zero point or bias."""
     builder = form.builder
     own = [form.repeated(corrections, 4 * r, form.sums) for r in range(num_rows)]
@@ -143,21 +140,12 @@ def _starts(
     ]
 
 
-def _slots(form: Form, kind: ir.Type, starts: Sums) -> Sums:
-    """Return places on the stack that hold the starts."""
-    slots = [[cgutils.alloca_once(form.builder, kind) for _ in own] for own in starts]
-    for own_slots, own in zip(slots, starts, strict=True):
-        for slot, start in zip(own_slots, own, strict=True):
-            form.builder.store(start, slot)
-    return slots
-
-
-def _nibble_sums(form: Form, weights: ir.Value, rows: ir.Value, starts: Sums) -> Sums:
+def _nibble_sums(form: Form, weights: ir.Value, rows: ir.Value, starts: Values) -> Values:
     """Return the sums of a group of 4 bits for each row and part."""
     builder = form.builder
     zeros = [[form.constant(form.shorts, 0) for _ in own] for own in starts]
     kind = form.sums if form.vnni else form.shorts
-    slots = _slots(form, kind, starts if form.vnni else zeros)
+    slots = form.slots(kind, starts if form.vnni else zeros)
     # A loop whose length LLVM does not know: unrolled, it would be reordered into many more live
     # vectors than there are registers.
     with cgutils.for_range(builder, opaque(builder, STEPS // 2)) as loop:
@@ -174,7 +162,7 @@ def _nibble_sums(form: Form, weights: ir.Value, rows: ir.Value, starts: Sums) ->
                     else:
                         after = form.add(before, form.multiply_pairs(own, row))
                     builder.store(after, slot)
-    sums = [[builder.load(slot) for slot in own] for own in slots]
+    sums = form.loaded(slots)
     if form.vnni:
         return sums
     ones = form.constant(form.shorts, 1)
@@ -184,17 +172,11 @@ def _nibble_sums(form: Form, weights: ir.Value, rows: ir.Value, starts: Sums) ->
     ]
 
 
-def _byte_sums(form: Form, weights: ir.Value, rows: ir.Value, starts: Sums) -> Sums:
+def _byte_sums(form: Form, weights: ir.Value, rows: ir.Value, starts: Values) -> Values:
     """Return the sums of a group of 8 bits for each row and part."""
-    builder, num_rows = form.builder, len(starts)
-    slots = _slots(form, form.sums, starts)
-    unrolled = 4 if form.vnni or num_rows == 1 else 1
-    with cgutils.for_range(builder, opaque(builder, STEPS // unrolled)) as loop:
-        for step in range(unrolled):
-            index = builder.add(builder.mul(loop.index, I64(unrolled)), I64(step))
-            w_at, q_at = builder.mul(index, I64(STEP_BYTES)), builder.mul(index, I64(STEP))
-            emit_step(form, num_rows, slots, weights, w_at, rows, q_at)
-    return [[builder.load(slot) for slot in own] for own in slots]
+    slots = form.slots(form.sums, starts)
+    emit_steps(form, [slots], weights, rows)
+    return form.loaded(slots)
 
 
 def _emit_tile(
@@ -203,11 +185,7 @@ def _emit_tile(
     """Emit the products of ``num_rows`` rows with all groups of a panel."""
     q, scales, corrections, stride, weights, groups, totals = args
     form = Form(builder, name)
-    offsets = [
-        [4 * (r * WIDTH + p * form.width) for p in range(form.parts)] for r in range(num_rows)
-    ]
-    before = [[form.load(totals, offset, form.floats) for offset in own] for own in offsets]
-    slots = _slots(form, form.floats, before)
+    slots = form.load_totals(totals, num_rows)
     multiply = _nibble_sums if layout.bits == 4 else _byte_sums
     with cgutils.for_range(builder, groups) as loop:
         own = builder.gep(weights, [builder.mul(loop.index, I64(layout.num_bytes))])
@@ -233,9 +211,7 @@ def _emit_tile(
                     shift = builder.fmul(least[p], row_scale)
                     total = form.scaled(correction, shift, total)
                 builder.store(total, slots[r][p])
-    for r in range(num_rows):
-        for p in range(form.parts):
-            form.store(totals, offsets[r][p], builder.load(slots[r][p]))
+    form.store_totals(totals, slots)
 
 
 def _panel(name: str, layout: GroupLayout) -> Any:
