@@ -10,7 +10,6 @@ for them, and both with the clients.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import itertools
@@ -24,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from tests.e2e.serving import is_engine
 
-from benchmarks.harness import Report, add_flags, flag, settings_of
+from benchmarks.harness import Report, flag, settings_from_flags
 from benchmarks.media.video import make_clip
-from benchmarks.served import CHAT, ServedProcess
+from benchmarks.served import CHAT, ServerSettings, sensorium_server
 
 PAUSE_SECONDS = 1.0
 SIDES = {
@@ -73,10 +71,7 @@ async def encoded(url: str, session: aiohttp.ClientSession, clip: str) -> tuple[
 
 async def measure(flags: tuple[str, ...], clips: list[str], folder: Path) -> dict[str, Any]:
     """The figures of one server."""
-    command = [sys.executable, "-m", "sensorium", "serve", "demo", *flags, "--disable-access-log"]
-    server = ServedProcess(
-        lambda port: [*command, "--port", str(port)], folder / "log.txt", is_engine=is_engine
-    )
+    server = sensorium_server(ServerSettings(), folder / "log.txt", *flags)
     times: list[float] = []
     async with server, aiohttp.ClientSession() as session:
         await encoded(server.base_url, session, clips[0])
@@ -104,13 +99,8 @@ async def measure(flags: tuple[str, ...], clips: list[str], folder: Path) -> dic
 
 def main() -> int:
     """Measure both and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    add_flags(parser, [Settings])
-    options = parser.parse_args()
-    settings = settings_of(Settings, options, quick=options.quick)
-    report = Report("encoders", asdict(settings), options.output)
+    settings, output = settings_from_flags(Settings, __doc__)
+    report = Report("encoders", asdict(settings), output)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         clips = []

@@ -82,6 +82,18 @@ def settings_of(kind: type[T], options: argparse.Namespace, *, quick: bool = Fal
     return kind(**values)
 
 
+def settings_from_flags(kind: type[T], description: str | None) -> tuple[T, Path | None]:
+    """Settings from the command line, and the file for the results, None for the usual one."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser, [kind])
+    parser.add_argument("--quick", action="store_true", help="a trial whose figures mean nothing")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    return settings_of(kind, options, quick=options.quick), options.output
+
+
 def _parsing_of(default: Any) -> dict[str, Any]:
     if isinstance(default, Size):
         return {"type": Size.parse, "metavar": "WxH"}

@@ -12,7 +12,6 @@ trained on, with the formats for its decoder and its vision tower; answers equal
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 from training.evaluate import Question, draw_questions, messages_of
 
-from benchmarks.harness import ROOT, Report, add_flags, flag, settings_of
+from benchmarks.harness import ROOT, Report, flag, settings_from_flags
 from sensorium import LLM, SamplingParams
 from sensorium.models.loading import calibrate
 
@@ -182,17 +181,10 @@ def measure_demo(settings: Settings) -> dict[str, Any]:
 
 def main() -> int:
     """Measure and write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_flags(parser, [Settings])
-    parser.add_argument("--quick", action="store_true", help="a trial whose figures mean nothing")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    settings = settings_of(Settings, options, quick=options.quick)
+    settings, output = settings_from_flags(Settings, __doc__)
     shown = {name: getattr(settings, name) for name in settings.__slots__}
     shown["model"], shown["text"] = Path(settings.model).name, Path(settings.text).name
-    report = Report("quality", shown, options.output)
+    report = Report("quality", shown, output)
     if settings.model:
         windows, first = windows_of(settings), None
         figures: dict[str, dict[str, float]] = {}

@@ -10,7 +10,6 @@ share its cores, so on few cores this measures the price of Ray and not the gain
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
@@ -21,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from tests.e2e.serving import is_engine
 
-from benchmarks.harness import Report, add_flags, flag, settings_of
-from benchmarks.served import ServedProcess
+from benchmarks.harness import Report, flag, settings_from_flags
+from benchmarks.served import ServerSettings, sensorium_server
 
 PROMPT = "Describe the picture in a few words, number "
 
@@ -41,10 +39,7 @@ class Settings:
 
 async def measure(settings: Settings, flags: list[str], folder: Path) -> dict[str, float]:
     """The figures of one server."""
-    command = [sys.executable, "-m", "sensorium", "serve", "demo", *flags, "--disable-access-log"]
-    server = ServedProcess(
-        lambda port: [*command, "--port", str(port)], folder / "log.txt", is_engine=is_engine
-    )
+    server = sensorium_server(ServerSettings(), folder / "log.txt", *flags)
     began = time.monotonic()
     async with server:
         start = time.monotonic() - began
@@ -89,13 +84,8 @@ async def load(url: str, settings: Settings, seconds: float) -> tuple[list[float
 
 def main() -> int:
     """Measure both and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    add_flags(parser, [Settings])
-    options = parser.parse_args()
-    settings = settings_of(Settings, options, quick=options.quick)
-    report = Report("replicas", asdict(settings), options.output)
+    settings, output = settings_from_flags(Settings, __doc__)
+    report = Report("replicas", asdict(settings), output)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, flags in (

@@ -14,11 +14,9 @@ once for each token of a prompt; so these are the most tokens a second that any 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import llvmlite.ir as ir
@@ -26,7 +24,7 @@ import torch
 from numba import types
 from numba.core import cgutils
 
-from benchmarks.harness import Report, add_flags, flag, settings_of
+from benchmarks.harness import Report, flag, settings_from_flags
 from sensorium.kernels.cpu import huge_pages
 from sensorium.kernels.cpu.launch import CFunc, Launcher, find_openmp, pack
 from sensorium.kernels.cpu.linear import levels
@@ -232,16 +230,9 @@ def rate(operation: Operation, threads: int, seconds: float) -> float:
 
 def main() -> int:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_flags(parser, [Settings])
-    parser.add_argument("--quick", action="store_true", help="a trial whose figures mean nothing")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    settings = settings_of(Settings, options, quick=options.quick)
+    settings, output = settings_from_flags(Settings, __doc__)
     shown = {name: getattr(settings, name) for name in settings.__slots__}
-    report = Report("roofline", shown, options.output)
+    report = Report("roofline", shown, output)
     figures: dict[str, Any] = {}
     for threads in settings.threads:
         torch.set_num_threads(threads)

@@ -21,7 +21,6 @@ import dataclasses
 import io
 import json
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,6 @@ from typing import Any
 import aiohttp
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
-from tests.e2e.serving import is_engine
 
 from benchmarks.fleet.engine import EngineShape
 from benchmarks.fleet.policies import POLICIES
@@ -41,7 +39,7 @@ from benchmarks.fleet.simulation import Fleet as SimulatedFleet
 from benchmarks.fleet.simulation import FleetShape, Outcome
 from benchmarks.fleet.traces import Request, Zipf
 from benchmarks.harness import Report, Row
-from benchmarks.served import ServedProcess
+from benchmarks.served import ServerSettings, sensorium_server
 
 CHAT = "/v1/chat/completions"
 REPORTS_COME = 3.0
@@ -355,15 +353,10 @@ async def served_and_validated(options: argparse.Namespace) -> list[Row]:
     """Validate against the replicas at an address, or against some that run meanwhile."""
     if options.base_url is not None:
         return await validate(options)
-    command = [sys.executable, "-m", "sensorium", "serve", "demo", "--disable-access-log"]
-    command += ["--data-parallel-size", str(options.replicas)]
-    command += ["--api-server-count", str(options.routers)]
+    flags = ["--data-parallel-size", str(options.replicas)]
+    flags += ["--api-server-count", str(options.routers)]
     with tempfile.TemporaryDirectory() as folder:
-        server = ServedProcess(
-            lambda port: [*command, "--port", str(port)],
-            Path(folder) / "log.txt",
-            is_engine=is_engine,
-        )
+        server = sensorium_server(ServerSettings(), Path(folder) / "log.txt", *flags)
         async with server:
             options.base_url = server.base_url
             return await validate(options)
