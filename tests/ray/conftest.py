@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from sensorium.ray.cluster import local_cluster
+from tests.e2e.serving import Server
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,14 @@ def ray_address() -> Iterator[str]:
     with local_cluster(num_cpus=4, object_store_bytes=200 << 20) as address:
         assert (os.getpgrp(), signal.getsignal(signal.SIGTERM)) == before
         yield address
+
+
+@pytest.fixture(scope="module")
+def server(
+    ray_address: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """The demo on that cluster, with the ``FLAGS`` of the module."""
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    started = Server("demo", log, (*request.module.FLAGS, "--ray-address", ray_address))
+    yield started
+    assert started.stop(signal.SIGINT) == 0, log.read_text()

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,6 @@ UPDATE_SECONDS = 400
 SECONDS = 120.0
 ROOT = Path(__file__).parents[2]
 OK = "ok"
-
-
-@pytest.fixture(scope="module")
-def server(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two replicas on the cluster of all tests here."""
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
-    started = Server("demo", log, (*FLAGS, "--ray-address", ray_address))
-    yield started
-    assert started.stop(signal.SIGINT) == 0, log.read_text()
 
 
 def metrics(url: str, name: str) -> dict[str, float]:

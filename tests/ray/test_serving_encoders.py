@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import signal
-from collections.abc import Iterator
 
 import httpx2 as httpx
 import psutil
@@ -21,15 +19,6 @@ FLAGS = (
     *("--data-parallel-size", "2", "--encoder-replicas", "1", "--dtype", "float32"),
     *("--num-kv-blocks", "256", "--disable-log-stats", "--ray-application", "apart"),
 )
-
-
-@pytest.fixture(scope="module")
-def server(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One encoder and two engines on the cluster of all tests here."""
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
-    started = Server("demo", log, (*FLAGS, "--ray-address", ray_address))
-    yield started
-    assert started.stop(signal.SIGINT) == 0, log.read_text()
 
 
 def asked(url: str, seed: int) -> list[int]:
