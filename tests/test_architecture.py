@@ -145,7 +145,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"launch"},
     ),
     "ray": (
-        {"cluster", "extra", "logs", "start", "tasks"},
+        {"cluster", "extra", "logs", "routing", "start", "tasks"},
         {"media"},
         {"encoders"},
         {"data", "serving"},

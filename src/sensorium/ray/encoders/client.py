@@ -20,6 +20,7 @@ import ray
 
 from sensorium.engine.stats import EncodersApart, EngineFacts
 from sensorium.errors import UnavailableError
+from sensorium.metrics.encoder_families import ENCODER_REASONS
 from sensorium.multimodal.cache.single_flight import SingleFlight
 from sensorium.multimodal.items import EMBEDS_DTYPE, Features, MediaItem
 from sensorium.ray.cluster import own_store_bytes
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 STORE_SHARE = 0.25
 """Share of a machine's object store that items on their way to encoders may take, of all processes
 for HTTP, and at most that embeddings which are kept may."""
-NO_ENCODER, OTHER_WEIGHTS, FAILED, ADAPTER = "no_encoder", "other_weights", "failed", "adapter"
+NO_ENCODER, OTHER_WEIGHTS, FAILED, ADAPTER = ENCODER_REASONS
 """Reasons for which engines encode items."""
 
 Accepted = Mapping[bytes, EngineFacts]

@@ -10,12 +10,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import msgspec
-
 from sensorium.ray.encoders.messages import EncoderReport
-
-STATS_KEY = "sensorium"
-"""Key of a report among the statistics that Ray Serve carries for routers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +73,3 @@ def forget_taken(number: int) -> None:
     """Forget an attempt that has ended."""
     with _lock:
         _taken.pop(number, None)
-
-
-def report_of(routing_stats: Mapping[str, object]) -> EncoderReport | None:
-    """Return the report in the statistics of a replica, None where there is none."""
-    data = routing_stats.get(STATS_KEY)
-    return msgspec.msgpack.decode(data, type=EncoderReport) if isinstance(data, bytes) else None

@@ -23,10 +23,10 @@ from sensorium.forks import OWN_THREADS
 from sensorium.multimodal.cache.features import FeatureCache
 from sensorium.multimodal.cache.single_flight import SingleFlight
 from sensorium.multimodal.items import Features
-from sensorium.ray.encoders.fleet import STATS_KEY
 from sensorium.ray.encoders.messages import Answer, Ask, EncoderReport
 from sensorium.ray.media.features import FeaturesRef
 from sensorium.ray.media.space import Space
+from sensorium.ray.routing import as_stats
 from sensorium.ray.start import start_failed, take_cores
 from sensorium.ray.tasks import own_task
 
@@ -93,7 +93,7 @@ class Encoder:
         """Return what those who ask need to know, and what /metrics shows."""
         self._stats.num_waiting = self._encoding.num_running
         report = EncoderReport(self._space.value, self._encoder.numerics, self._stats)
-        return {STATS_KEY: msgspec.msgpack.encode(report)}
+        return as_stats(report)
 
     async def __del__(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

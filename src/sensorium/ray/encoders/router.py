@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from sensorium.distributed.routing.ring import HashRing
-from sensorium.ray.encoders.fleet import report_of, set_encoders, set_taken
-from sensorium.ray.encoders.messages import Ask
+from sensorium.ray.encoders.fleet import set_encoders, set_taken
+from sensorium.ray.encoders.messages import Ask, EncoderReport
+from sensorium.ray.routing import ReplicaRouter, report_of
 
 
-class EncoderRouter(RequestRouter):
+class EncoderRouter(ReplicaRouter):
     """Chooses the replica for an item by consistent hashing with bounded loads.
 
     The first argument of a call is an ``Ask``. All routers prefer the same replica for a key, so
@@ -26,16 +27,6 @@ class EncoderRouter(RequestRouter):
         self._ring = HashRing()
         self.num_open: Counter[str] = Counter()
         """Attempts that were sent and have not ended, by replica."""
-
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Take over which replicas there are and what they report."""
-        super().update_replicas(replicas)
-        self._publish()
-
-    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """Forget a replica that has died, before the controller says so."""
-        super().on_replica_actor_died(replica_id)
-        self._publish()
 
     async def choose_replicas(
         self,
@@ -54,28 +45,26 @@ class EncoderRouter(RequestRouter):
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
-        """Note what was sent where, until this attempt ends, which it may have done already.
-
-        A rejected attempt never comes here, but Ray Serve calls ``on_request_completed`` for it
-        as well, with the id that its next attempt has. So the end is that of ``result``.
-        """
+        """Note what was sent where, until this attempt ends, which it may have done already."""
         ask = _ask_of(pending_request)
         if ask is None:
             return
-        name, loop = replica_id.unique_id, self._event_loop
+        name = replica_id.unique_id
         self.num_open[name] += 1
         set_taken(ask.number)
-        # Called at once for what has ended, from other threads, too.
-        result.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended, name))
+        self.call_at_end(result, self._ended, name)
 
     def _ended(self, name: str) -> None:
         self.num_open[name] -= 1
         if not self.num_open[name]:
             del self.num_open[name]
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Tell this router, and the other threads of this process, what is known of replicas."""
-        found = {r.replica_id.unique_id: report_of(r.routing_stats) for r in self._replicas_list}
+        found = {
+            replica.replica_id.unique_id: report_of(replica.routing_stats, EncoderReport)
+            for replica in self._replicas_list
+        }
         self._ring.set(found)
         set_encoders(self._deployment_id.app_name, self._deployment_id.name, found)
 

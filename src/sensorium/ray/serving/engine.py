@@ -23,7 +23,8 @@ from sensorium.multimodal.items import MediaItem
 from sensorium.ray.media.embeddings import shared_embeddings
 from sensorium.ray.media.features import FeaturesIn, FeaturesRef, suit
 from sensorium.ray.media.space import Space
-from sensorium.ray.serving.fleet import STATS_KEY, ReplicaReport
+from sensorium.ray.routing import as_stats
+from sensorium.ray.serving.fleet import ReplicaReport
 from sensorium.ray.serving.messages import NOT_TAKEN, OTHER_ENCODER, TAKEN, Clock, Ticket
 from sensorium.ray.serving.scaling import LOAD, load_of
 from sensorium.ray.start import start_failed, take_cores
@@ -144,7 +145,7 @@ class Engine:
     async def record_routing_stats(self) -> dict[str, bytes]:
         """Return what routers need to know, and what /metrics shows."""
         report = await self._report()
-        return {STATS_KEY: msgspec.msgpack.encode(report)}
+        return as_stats(report)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what the number of replicas follows."""

@@ -11,9 +11,6 @@ import msgspec
 
 from sensorium.engine.stats import EngineFacts, EngineStats
 
-STATS_KEY = "sensorium"
-"""Key of a report among the statistics that Ray Serve carries for routers."""
-
 
 class ReplicaReport(msgspec.Struct, frozen=True):
     """Report of a replica on itself, once a second.
@@ -54,12 +51,6 @@ def set_fleet(application: str, deployment: str, fleet: Fleet) -> None:
     """Set the latest snapshot; the router does, on a thread of its own."""
     with _lock:
         _fleets[application, deployment] = fleet
-
-
-def report_of(routing_stats: Mapping[str, object]) -> ReplicaReport | None:
-    """Return the report in the statistics of a replica, None where there is none."""
-    data = routing_stats.get(STATS_KEY)
-    return msgspec.msgpack.decode(data, type=ReplicaReport) if isinstance(data, bytes) else None
 
 
 def common_facts(all_facts: Sequence[EngineFacts]) -> EngineFacts:

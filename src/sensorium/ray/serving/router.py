@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from sensorium.distributed.routing import ReplicaLoad, RequestKey, Router
-from sensorium.ray.serving.fleet import Fleet, ReplicaReport, report_of, set_fleet
+from sensorium.ray.routing import ReplicaRouter, report_of
+from sensorium.ray.serving.fleet import Fleet, ReplicaReport, set_fleet
 from sensorium.ray.serving.messages import Ticket
 
 
-class EngineRouter(RequestRouter):
+class EngineRouter(ReplicaRouter):
     """Chooses the replica of an engine for a sequence. Lives on Ray Serve's loop for routing.
 
     The request's first argument is a ``Ticket``. For calls without a key the router of
@@ -26,16 +27,6 @@ class EngineRouter(RequestRouter):
         self.router = Router(num_routers=num_routers)
         self._by_id: dict[str, RunningReplica] = {}
         self._reported: dict[str, object] = {}
-
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Take over which replicas there are and what they report."""
-        super().update_replicas(replicas)
-        self._publish()
-
-    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """Forget a replica that has died, before the controller says so."""
-        super().on_replica_actor_died(replica_id)
-        self._publish()
 
     async def choose_replicas(
         self,
@@ -57,24 +48,20 @@ class EngineRouter(RequestRouter):
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
-        """Note what was sent where, until this attempt ends, which it may have done already.
-
-        A rejected attempt never comes here, but Ray Serve calls ``on_request_completed`` for it
-        as well, with the id that its next attempt has. So the end is that of ``result``.
-        """
+        """Note what was sent where, until this attempt ends, which it may have done already."""
         key = _ticket_of(pending_request).key
         if isinstance(key, RequestKey):
-            name, loop = replica_id.unique_id, self._event_loop
+            name = replica_id.unique_id
             self.router.sent(name, key)
-            # Called at once for what has ended, from other threads, too.
-            result.add_done_callback(
-                lambda _: loop.call_soon_threadsafe(self.router.ended, name, key)
-            )
+            self.call_at_end(result, self.router.ended, name, key)
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Tell the router, and the other threads of this process, what is known of replicas."""
         self._by_id = {replica.replica_id.unique_id: replica for replica in self._replicas_list}
-        reports = {name: report_of(r.routing_stats) for name, r in self._by_id.items()}
+        reports = {
+            name: report_of(replica.routing_stats, ReplicaReport)
+            for name, replica in self._by_id.items()
+        }
         self.router.set_replicas(list(reports))
         for name, report in reports.items():
             if report is not None and self._reported.get(name) != report.number:
