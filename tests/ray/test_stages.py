@@ -155,6 +155,16 @@ def test_processes_that_are_lost_at_each_start_end_the_run(made: Any) -> None:
     assert results(actor, [Row("a")]) == ["answer to a"]
 
 
+def test_the_first_rows_and_tasks_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sensorium.ray.data.attempts.MOST_SIZES", 1)
+    attempts = Attempts()
+    assert attempts.size("task 1", "a", 100, 50) == 100
+    assert attempts.size("task 1", "a", 120, 50) == 100
+    assert attempts.size("task 2", "b", 100, 50) == 100
+    assert attempts.size("task 1", "b", 100, 50) is None, "nothing is known of that task"
+    assert attempts.size("task 3", "a", 120, 50) == 120
+
+
 def test_features_that_wait_to_be_handed_on_are_bounded(
     made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 MOST_SIZES = 1 << 20
-"""Rows whose sizes are remembered; the ones that were done first are forgotten first."""
+"""Rows whose sizes are remembered, and tasks; those that were done first are forgotten first."""
 
 
 class Attempts:
@@ -28,7 +28,7 @@ class Attempts:
         self._alone: Counter[str] = Counter()
         self._starts: Counter[str] = Counter()
         self._sizes: OrderedDict[str, int] = OrderedDict()
-        self._totals: Counter[str] = Counter()
+        self._totals: OrderedDict[str, int] = OrderedDict()
 
     def begin(self, keys: Sequence[str]) -> list[int]:
         """Count an attempt of each row; return how many there have been."""
@@ -59,11 +59,12 @@ class Attempts:
         known = self._sizes.get(key)
         if known is None:
             self._sizes[key] = num_bytes
-            self._totals[task] += num_bytes
-            if len(self._sizes) > MOST_SIZES:
-                self._sizes.popitem(last=False)
+            self._totals[task] = self._totals.get(task, 0) + num_bytes
+            for remembered in (self._sizes, self._totals):
+                if len(remembered) > MOST_SIZES:
+                    remembered.popitem(last=False)
             return num_bytes
-        return known if self._totals[task] > least_divided else None
+        return known if self._totals.get(task, 0) > least_divided else None
 
     def begin_start(self, stage: str) -> int:
         """Count a process of a stage that starts; return how many have started and not got ready.
