@@ -48,6 +48,8 @@ class Settings:
 async def stream(url: str, session: aiohttp.ClientSession, times: list[float]) -> None:
     """Stream tokens for ever, and note when each comes; infinity between two answers."""
     body = {"model": "demo", "prompt": "Count", "stream": True, "max_tokens": 1500}
+    # The demo soon ends its answer, again and again: each end has a text then.
+    body["skip_special_tokens"] = False
     while True:
         async with session.post(f"{url}/v1/completions", json={**body, "ignore_eos": True}) as got:
             async for line in got.content:
